@@ -1,0 +1,388 @@
+"""Every knob of every command, its unit, default and legal range; config files and flags.
+
+A command's settings are a frozen dataclass whose fields are made by `knob`. `load` fills it from
+Python config files (assignments of literals and arithmetic, read with `ast`, never executed) and
+from `--key=value` flags, which win. Whatever is wrong is a ConfigError before anything is
+allocated: what, which value, where it came from, what to do. Knows nothing of torch.
+"""
+
+import ast
+import difflib
+import math
+import operator
+import sys
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+
+class ConfigError(ValueError):
+    """A mistake in the settings; `keys` names the knobs concerned."""
+
+    def __init__(self, message: str, *keys: str):
+        super().__init__(message)
+        self.keys = keys
+
+
+def knob(default: Any, meaning: str, *, unit: str = "", low: float | None = None,
+         above: float | None = None, high: float | None = None, below: float | None = None,
+         section: str = "", hint: str = "") -> Any:
+    """A dataclass field with its documentation and legal range.
+
+    `low` and `high` are inclusive bounds, `above` and `below` exclusive ones. `section` opens a
+    heading in `--help`. `hint` is what to do when the value is missing (default MISSING) or bad.
+    """
+    metadata = dict(meaning=meaning, unit=unit, low=low, above=above, high=high, below=below,
+                    section=section, hint=hint)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of every command's settings: checks each field's type and range when built."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            _check_range(f, getattr(self, f.name))
+        self.check()
+
+    def check(self) -> None:
+        """Rules between several fields; raises ConfigError."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """The settings of train.py. Names are nanoGPT's, values GPT-2's and the Sophia paper's."""
+
+    out_dir: str = knob("out", "folder for checkpoints and metrics.jsonl", section="run")
+    init_from: Literal["scratch", "resume", "auto"] = knob(
+        "scratch", "start anew, continue the newest checkpoint of out_dir, or either as it is")
+    seed: int = knob(1337, "seed of initialisation, data order, sampled labels, dropout", low=0)
+    eval_interval: int = knob(1000, "between evaluations (the last step is always one)",
+                              unit="steps", low=1)
+    eval_windows: int = knob(2000, "validation windows evaluated, evenly spaced; 0 = every one",
+                             unit="windows of block_size", low=0)
+    log_interval: int = knob(10, "between records (and host syncs)", unit="steps", low=1)
+    checkpoint_interval: int = knob(1000, "between checkpoints (the last step always saves)",
+                                    unit="steps", low=1)
+    keep_checkpoints: int = knob(2, "newest checkpoints kept", low=2)
+    sample_tokens: int = knob(0, "length of the text sampled when training ends; 0 = none",
+                              unit="tokens", low=0)
+    wandb_log: bool = knob(False, "also record to Weights & Biases")
+    wandb_project: str = knob("nanosophia", "its project")
+    wandb_run_name: str = knob("", "its run name; empty = the name of out_dir")
+
+    dataset: str = knob("openwebtext", "folder under data/, or a path, with train.bin and val.bin",
+                        section="data")
+    block_size: int = knob(1024, "context length", unit="tokens", low=1)
+    batch_size: int = knob(15, "sequences per micro-batch and rank", low=1)
+    total_batch_size: int = knob(480, "sequences per step over all ranks and micro-batches", low=1)
+
+    n_layer: int = knob(12, "transformer blocks", low=1, section="model")
+    n_head: int = knob(12, "attention heads", low=1)
+    n_embd: int = knob(768, "width", low=1)
+    vocab_size: int = knob(0, "rows of the embedding; 0 = the data's vocabulary rounded up to a "
+                              "multiple of 64 (GPT-2: 50304)", low=0)
+    dropout: float = knob(0.0, "dropout probability", low=0, below=1)
+    bias: bool = knob(False, "biases in linear layers and layer norms")
+    activation: Literal["gelu_tanh", "gelu"] = knob(
+        "gelu_tanh", "tanh-approximate GELU (GPT-2's and the authors' code's) or the exact one")
+    scale_attn_by_inverse_layer_idx: bool = knob(
+        False, "divide attention logits by the layer's index, from 1 (the paper: for AdamW and "
+               "Lion at 355M and above)")
+
+    optimizer: Literal["adamw", "sophiag"] = knob("sophiag", "which one", section="optimizer")
+    learning_rate: float = knob(6e-4, "peak learning rate", above=0)
+    beta1: float = knob(0.96, "decay of the gradient's moving average", low=0, below=1)
+    beta2: float = knob(0.99, "decay of the curvature's (AdamW: of the squared gradient's)",
+                        low=0, below=1)
+    eps: float = knob(1e-12, "Sophia: floor of gamma*h; AdamW: added to the root", above=0)
+    gamma: float = knob(0.05, "Sophia: a coordinate is unclipped where |m| < gamma*h", above=0)
+    weight_decay: float = knob(0.2, "decoupled decay of matrices", low=0)
+    grad_clip: float = knob(1.0, "global gradient norm limit; 0 = none", low=0)
+    hessian_interval: int = knob(10, "k: between curvature estimates", unit="steps", low=1)
+    hessian_batch_size: int = knob(240, "first sequences of the batch that the estimate uses",
+                                   low=1)
+    hessian_chunks: int = knob(
+        1, "parts of these squared separately and averaged; 1 (the paper) or a multiple of the "
+           "number of ranks", low=1)
+
+    max_iters: int = knob(100_000, "length of the run and of the cosine", unit="steps", low=1,
+                          section="schedule")
+    warmup_iters: int = knob(2000, "linear warm-up", unit="steps", low=0)
+    min_lr_ratio: float = knob(0.05, "final learning rate over the peak", low=0, high=1)
+
+    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
+        "auto", "auto = bfloat16 autocast on CUDA, float32 elsewhere; float64 = everything, for "
+                "exactness checks")
+    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on CUDA only")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.total_batch_size * self.block_size
+
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether the optimizer is handed curvature estimates (the hessian_* knobs matter)."""
+        return self.optimizer not in FIRST_ORDER
+
+    def check(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"n_embd = {self.n_embd} does not divide into n_head = "
+                              f"{self.n_head} heads; choose n_embd a multiple of n_head",
+                              "n_embd", "n_head")
+        if self.uses_curvature and self.hessian_batch_size > self.total_batch_size:
+            raise ConfigError(f"hessian_batch_size = {self.hessian_batch_size} is more than "
+                              f"total_batch_size = {self.total_batch_size}: the estimate uses "
+                              "rows of the same batch; lower it",
+                              "hessian_batch_size", "total_batch_size")
+        self.check_world(1)
+
+    def check_world(self, world_size: int) -> None:
+        """Raises ConfigError unless the batch and the estimate divide over `world_size` ranks."""
+        rows = self.batch_size * world_size
+        over = f" x {world_size} ranks" if world_size > 1 else ""
+        if self.total_batch_size % rows:
+            raise ConfigError(
+                f"total_batch_size = {self.total_batch_size} is not a multiple of batch_size = "
+                f"{self.batch_size}{over}; {_nearby(self.total_batch_size, world_size)}",
+                "total_batch_size", "batch_size")
+        if not self.uses_curvature:
+            return
+        if self.hessian_batch_size % world_size:
+            raise ConfigError(f"hessian_batch_size = {self.hessian_batch_size} does not divide "
+                              f"over {world_size} ranks; choose a multiple",
+                              "hessian_batch_size")
+        if self.hessian_chunks > 1 and self.hessian_chunks % world_size:
+            raise ConfigError(f"hessian_chunks = {self.hessian_chunks} is neither 1 nor a multiple "
+                              f"of the {world_size} ranks; choose one", "hessian_chunks")
+        if self.hessian_batch_size % self.hessian_chunks:
+            raise ConfigError(f"hessian_batch_size = {self.hessian_batch_size} does not divide "
+                              f"into hessian_chunks = {self.hessian_chunks}; choose a divisor",
+                              "hessian_chunks", "hessian_batch_size")
+
+
+FIRST_ORDER = ("adamw",)
+
+# What users of nanoGPT and of the authors' code look for, and where it is here.
+RENAMED = {
+    "gradient_accumulation_steps": "it is derived: set total_batch_size and batch_size",
+    "min_lr": "set min_lr_ratio (a fraction of learning_rate)",
+    "lr_decay_iters": "the cosine ends at max_iters",
+    "decay_lr": "for a constant rate set min_lr_ratio=1",
+    "eval_iters": "set eval_windows",
+    "always_save_checkpoint": "set checkpoint_interval",
+    "rho": "the paper's gamma: set gamma",
+    "interval": "set hessian_interval",
+    "hess_interval": "set hessian_interval",
+    "bs": "it is counted from the labels used",
+    "backend": "it follows from device",
+}
+
+
+def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
+    """Settings of class `cls` from config files and flags, and where each given key came from.
+
+    `argv` holds paths of config files and `--key=value` flags; flags win. `--help` prints every
+    key and exits. Raises ConfigError.
+    """
+    if any(a in ("-h", "--help") for a in argv):
+        print(help_text(cls, usage))
+        sys.exit(0)
+    by_name = {f.name: f for f in fields(cls)}
+    values, sources = {}, {}
+    for path in (a for a in argv if not a.startswith("-")):
+        for key, (value, line) in read_config_file(Path(path)).items():
+            source = f"{path}:{line}"
+            values[key] = _typed(_known(key, by_name, source), value, source)
+            sources[key] = source
+    for flag in (a for a in argv if a.startswith("-")):
+        key, text = _split_flag(flag)
+        f = _known(key, by_name, f"flag {flag}")
+        values[key] = _typed(f, _literal(f, text), f"flag {flag}")
+        sources[key] = f"flag {flag}"
+    for f in fields(cls):
+        if f.default is MISSING and f.name not in values:
+            raise ConfigError(f"--{f.name}=... is missing: {f.metadata['hint']}", f.name)
+    try:
+        return cls(**values), sources
+    except ConfigError as error:
+        raise with_sources(error, sources) from None
+
+
+def with_sources(error: ConfigError, sources: dict[str, str]) -> ConfigError:
+    """The same error saying where each of its keys was set."""
+    said = ", ".join(f"{k} from {sources.get(k, 'its default')}" for k in error.keys)
+    return ConfigError(f"{error} ({said})" if said else str(error), *error.keys)
+
+
+def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
+    """Assignments of a config file: name -> (value, line). Names with a leading _ are local.
+
+    Literals, arithmetic and earlier names only; nothing is executed. Raises ConfigError.
+    """
+    if path.suffix != ".py" or not path.is_file():
+        known = sorted(str(p) for p in Path("config").glob("*.py"))
+        near = difflib.get_close_matches(str(path), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; settings are given as --key=value"
+        raise ConfigError(f"config file {path} not found{hint}")
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        line = getattr(error, "lineno", 1)
+        raise ConfigError(f"{path}:{line}: not a Python assignment: {error}") from None
+    names: dict[str, tuple[Any, int]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue
+        where = f"{path}:{node.lineno}"
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1
+                and isinstance(node.targets[0], ast.Name)):
+            raise ConfigError(f"{where}: only assignments `key = value` may stand in a config "
+                              "file; nothing is executed")
+        names[node.targets[0].id] = (_evaluate(node.value, names, where), node.lineno)
+    return {k: v for k, v in names.items() if not k.startswith("_")}
+
+
+_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+           ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+           ast.Pow: operator.pow}
+_UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos}
+
+
+def _evaluate(node: ast.expr, names: dict[str, tuple[Any, int]], where: str) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str):
+        return node.value
+    if isinstance(node, ast.Name):
+        if node.id not in names:
+            raise ConfigError(f"{where}: {node.id} is not assigned above")
+        return names[node.id][0]
+    try:
+        if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
+            return _UNARY[type(node.op)](_number(_evaluate(node.operand, names, where)))
+        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+            left = _number(_evaluate(node.left, names, where))
+            right = _number(_evaluate(node.right, names, where))
+            if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
+                raise ArithmeticError("power out of bounds")
+            return _BINARY[type(node.op)](left, right)
+    except (ArithmeticError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    raise ConfigError(f"{where}: `{ast.unparse(node)}` is not a literal, arithmetic or an earlier "
+                      "name; nothing else is allowed in a config file")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"arithmetic on {value!r}")
+    return value
+
+
+def _split_flag(flag: str) -> tuple[str, str]:
+    key, equals, text = flag.partition("=")
+    if not key.startswith("--") or not equals:
+        raise ConfigError(f"flag {flag}: write it as --{key.lstrip('-')}=value")
+    if not text:
+        raise ConfigError(f"flag {flag}: the value is empty; write {key}=value")
+    return key[2:], text
+
+
+def _known(key: str, by_name: dict, source: str) -> Any:
+    if key in by_name:
+        return by_name[key]
+    hint = RENAMED.get(key)
+    if hint is None:
+        near = difflib.get_close_matches(key, by_name, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists every key"
+    raise ConfigError(f"unknown key {key} in {source}; {hint}")
+
+
+def _literal(f: Any, text: str) -> Any:
+    """A flag's text as a Python value; strings stay as they are typed."""
+    if f.type is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if f.type in (int, float):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    return text
+
+
+def _typed(f: Any, value: Any, source: str) -> Any:
+    if f.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if f.type is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    try:
+        _check_range(f, value)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (from {source})", f.name) from None
+    return value
+
+
+def _check_range(f: Any, value: Any) -> None:
+    choices = get_args(f.type) if get_origin(f.type) is Literal else None
+    if choices:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{f.name} = {value!r} is none of {', '.join(choices)}{hint}", f.name)
+        return
+    if type(value) is not f.type:
+        raise ConfigError(f"{f.name} = {value!r} is not {_TYPE_WORDS[f.type]}", f.name)
+    if f.type is float and not math.isfinite(value):
+        raise ConfigError(f"{f.name} = {value} is not finite", f.name)
+    for bound, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
+                                ("high", operator.le, "at most"), ("below", operator.lt, "below")):
+        limit = f.metadata[bound]
+        if limit is not None and not holds(value, limit):
+            raise ConfigError(f"{f.name} = {value} must be {words} {limit}", f.name)
+
+
+_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def _nearby(total: int, world_size: int) -> str:
+    divisors = [d for d in range(1, total // world_size + 1) if total % (d * world_size) == 0]
+    if not divisors:
+        return f"total_batch_size must be a multiple of {world_size}"
+    return "batch_size may be one of " + ", ".join(map(str, divisors[-8:]))
+
+
+def help_text(cls: type, usage: str) -> str:
+    """Every key with type, default, unit and meaning, for `--help`."""
+    lines = [f"usage: {usage}", ""]
+    for f in fields(cls):
+        meta = f.metadata
+        if meta["section"]:
+            lines += ["", meta["section"]]
+        choices = get_args(f.type) if get_origin(f.type) is Literal else ()
+        kind = "|".join(choices) if choices else f.type.__name__
+        default = "required" if f.default is MISSING else f"default {f.default!r}"
+        notes = ", ".join(filter(None, [default, meta["unit"], _range_words(meta)]))
+        lines += [f"  --{f.name}={kind}", f"      {meta['meaning']} ({notes})"]
+    return "\n".join(lines)
+
+
+def _range_words(meta: dict) -> str:
+    words = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
+    return " and ".join(f"{words[b]} {meta[b]:g}" for b in words if meta[b] is not None)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The resolved settings, JSON-ready."""
+    return asdict(config)
+
+
+def changed(config: Any, **values: Any) -> Any:
+    """A copy with some fields replaced and everything checked anew."""
+    return replace(config, **values)
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """A command's end after a user's mistake: one line on stderr, exit code 2."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)

@@ -1,0 +1,180 @@
+"""The batch as a pure function of (seed, step); fixed validation windows; keyed randomness.
+
+Row r of step t is sample t * total_batch_size + r of an endless sequence of epochs, each a
+permutation of the corpus's non-overlapping windows. The step is therefore the only loader state:
+any number of ranks sees the same rows, and a resumed run continues exactly. Knows no model.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Streams of random numbers that must not meet; part of the key of every generator.
+PURPOSES = ("epoch", "hessian", "dropout", "hessian_dropout")
+
+
+class DataError(ValueError):
+    """The prepared data cannot be used; the message says which file and what to do."""
+
+
+def keyed_bits(count: int, seed: int, purpose: str, index: int) -> np.ndarray:
+    """`count` random uint64 that depend on nothing but the arguments (Philox, counter-based).
+
+    Raw bits of a bit generator are the part of numpy that never changes between versions.
+    """
+    return np.random.Philox(key=[seed, PURPOSES.index(purpose)],
+                            counter=[0, 0, 0, index]).random_raw(count)
+
+
+def keyed_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed for torch.Generator, below 2**63, that depends on nothing but the arguments."""
+    return int(keyed_bits(1, seed, purpose, index)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared folder: memory-mapped splits and what meta.json says of them."""
+
+    folder: Path
+    train: np.ndarray  # uint16 token ids
+    val: np.ndarray
+    vocab_size: int  # number of real classes
+    tokenizer: str
+    fingerprint: dict  # of the data a run has seen, for resume
+    note: str  # what the user should know, or ""
+
+
+GPT2_VOCAB = 50257
+
+
+def open_dataset(name: str, block_size: int) -> Dataset:
+    """The dataset called `name`: a folder under data/ beside this file, or a path.
+
+    Raises DataError where a file is missing, contradicts meta.json, or is shorter than a window.
+    """
+    folder = Path(__file__).resolve().parent / "data" / name
+    if not folder.is_dir() or ("/" in name and Path(name).is_dir()):
+        folder = Path(name)
+    arrays = {}
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        if not path.is_file():
+            raise DataError(f"{path} not found; {_how_to_prepare(name)}")
+        size = path.stat().st_size
+        if size % 2:
+            raise DataError(f"{path} has an odd size of {size} bytes, so it is no file of uint16 "
+                            "ids; prepare it again")
+        if size // 2 <= block_size:
+            raise DataError(f"{path} holds {size // 2} tokens, a window needs block_size + 1 = "
+                            f"{block_size + 1}; lower block_size or prepare more data")
+        arrays[split] = np.memmap(path, dtype=np.uint16, mode="r")
+    meta_path = folder / "meta.json"
+    if meta_path.is_file():
+        meta = _read_meta(meta_path)
+        note = ""
+    else:
+        meta = dict(vocab_size=GPT2_VOCAB, tokenizer="gpt2", splits={})
+        note = f"{folder} has no meta.json: taken for GPT-2 tokens"
+    for split, tokens in arrays.items():
+        said = meta["splits"].get(split, {}).get("tokens", len(tokens))
+        if said != len(tokens):
+            raise DataError(f"{folder / split}.bin holds {len(tokens)} tokens but {meta_path} says "
+                            f"{said}; prepare the folder again")
+        _check_ids(folder / f"{split}.bin", tokens, meta["vocab_size"])
+    fingerprint = {split: meta["splits"].get(split, {}).get("sha256", f"{len(tokens)} tokens")
+                   for split, tokens in arrays.items()}
+    return Dataset(folder, arrays["train"], arrays["val"], meta["vocab_size"], meta["tokenizer"],
+                   fingerprint, note)
+
+
+def _how_to_prepare(name: str) -> str:
+    scripts = Path(__file__).resolve().parent / "data"
+    if (scripts / name / "prepare.py").is_file():
+        return f"run python data/{name}/prepare.py"
+    known = ", ".join(sorted(p.parent.name for p in scripts.glob("*/prepare.py")))
+    return f"--dataset takes a prepared folder, or one of data/: {known}"
+
+
+def _read_meta(path: Path) -> dict:
+    try:
+        meta = json.loads(path.read_text())
+        if meta["dtype"] != "uint16":
+            raise DataError(f"{path}: dtype {meta['dtype']} is not uint16; prepare it again")
+        return dict(vocab_size=int(meta["vocab_size"]), tokenizer=str(meta["tokenizer"]),
+                    splits=dict(meta["splits"]))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not what corpus.py writes ({error!r}); prepare it again") \
+            from None
+
+
+def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int, sample: int = 1 << 20) -> None:
+    """Refuses ids outside the vocabulary, looking at `sample` ids spread over the file."""
+    pieces = 64
+    starts = np.linspace(0, max(0, len(tokens) - sample // pieces), pieces).astype(np.int64)
+    for start in starts:
+        piece = tokens[start:start + sample // pieces]
+        if piece.max() >= vocab_size:
+            at = int(start + piece.argmax())
+            raise DataError(f"{path} holds id {piece.max()} at position {at}, outside the "
+                            f"vocabulary of {vocab_size}; prepare it again")
+
+
+class TrainBatches:
+    """Rows of any training step, for any rank."""
+
+    def __init__(self, tokens: np.ndarray, *, block_size: int, total_batch_size: int, seed: int):
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        self.total_batch_size = total_batch_size
+        self.windows = (len(tokens) - 1) // block_size
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    def rows(self, step: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 (stop - start, block_size), of rows start..stop of a step."""
+        first = step * self.total_batch_size
+        windows = [self.window(s) for s in range(first + start, first + stop)]
+        return gather_windows(self.tokens, windows, self.block_size)
+
+    def window(self, sample: int) -> int:
+        """Which window sample number `sample` of the endless sequence is."""
+        epoch, place = divmod(sample, self.windows)
+        return int(self._permutation(epoch)[place])
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return np.argsort(keyed_bits(self.windows, self.seed, "epoch", epoch), kind="stable")
+
+
+class ValidationWindows:
+    """Evenly spaced, non-overlapping windows of the validation split, the same for every run."""
+
+    def __init__(self, tokens: np.ndarray, *, block_size: int, limit: int):
+        available = (len(tokens) - 1) // block_size
+        count = min(available, limit) if limit else available
+        self.tokens, self.block_size = tokens, block_size
+        self.windows = [available * i // count for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, int64 (stop - start, block_size), of windows start..stop."""
+        return gather_windows(self.tokens, self.windows[start:stop], self.block_size)
+
+
+def gather_windows(tokens: np.ndarray, windows: list[int], T: int) -> tuple[Tensor, Tensor]:
+    """Inputs and next-token targets (len(windows), T) of the windows with these numbers."""
+    rows = np.stack([tokens[w * T:w * T + T + 1] for w in windows]).astype(np.int64)
+    rows = torch.from_numpy(rows)  # (n, T + 1)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The batch on the device; on CUDA through pinned memory, without waiting."""
+    if device.type == "cuda":
+        return tuple(part.contiguous().pin_memory().to(device, non_blocking=True)
+                     for part in batch)
+    return tuple(part.contiguous().to(device) for part in batch)

@@ -1,0 +1,121 @@
+"""One record -> console, metrics.jsonl, Weights & Biases; peak FLOP/s by device.
+
+metrics.jsonl in the run's folder has one JSON object a line, in the order of `step`. A recorder
+that fails says so once and never stops training.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+# Dense bf16 peak in FLOP/s by a part of torch's device name; NVIDIA's data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of the named device, or None when it is not in the table."""
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+
+
+class Recorder:
+    """Shows and stores the records of one run; on ranks other than 0 every method does nothing."""
+
+    def __init__(self, out_dir: Path, *, first_step: int, max_iters: int, active: bool,
+                 wandb: dict | None = None):
+        """`first_step` > 0 drops stored records from there on: they are about to come again.
+
+        `wandb` holds project, name and config for Weights & Biases, None for none.
+        """
+        self.active = active
+        if not active:
+            return
+        self.path = out_dir / "metrics.jsonl"
+        self.on_terminal = sys.stderr.isatty()
+        self.failed = set()
+        self.bar = tqdm(total=max_iters, initial=first_step, unit="step", disable=not
+                        self.on_terminal, dynamic_ncols=True)
+        self._attempt("metrics.jsonl", self._forget_from, first_step)
+        self.wandb = self._attempt("wandb", _start_wandb, **wandb) if wandb else None
+
+    def record(self, record: dict) -> None:
+        """Stores one step's numbers; None values are left out."""
+        if not self.active:
+            return
+        record = {k: v for k, v in record.items() if v is not None}
+        self._attempt("metrics.jsonl", self._append, json.dumps(record) + "\n")
+        if self.wandb:
+            self._attempt("wandb", self.wandb.log, record, step=record["step"])
+        if self.on_terminal:
+            self.bar.update(record["step"] + 1 - self.bar.n)
+            self.bar.set_postfix_str(_brief(record))
+        if not self.on_terminal or "val/loss" in record:
+            self.say(_line(record))
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the progress bar."""
+        if self.active:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar and the wandb run."""
+        if self.active:
+            self.bar.close()
+            if self.wandb:
+                self._attempt("wandb", self.wandb.finish)
+
+    def _append(self, line: str) -> None:
+        with open(self.path, "a") as file:
+            file.write(line)
+
+    def _forget_from(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines(keepends=True)
+                if line.endswith("\n") and _step_of(line) < step]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self.path)
+
+    def _attempt(self, what: str, action, *args, **kwargs):
+        if what in self.failed:
+            return None
+        try:
+            return action(*args, **kwargs)
+        except Exception as error:  # whatever a logger does, training goes on
+            self.failed.add(what)
+            print(f"warning: recording to {what} failed and is off from now on: {error}",
+                  file=sys.stderr, flush=True)
+            return None
+
+
+def _start_wandb(**settings):
+    import wandb
+    return wandb.init(**settings)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _brief(record: dict) -> str:
+    parts = [f"loss {record['train/loss']:.3f}"] if "train/loss" in record else []
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(parts)
+
+
+_FORMATS = {"train/loss": "loss {:.4f}", "val/loss": "val loss {:.4f}", "lr": "lr {:.2e}",
+            "grad_norm": "|g| {:.3f}", "unclipped_fraction": "unclipped {:.0%}",
+            "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
+
+
+def _line(record: dict) -> str:
+    shown = [form.format(record[key]) for key, form in _FORMATS.items() if key in record]
+    return f"step {record['step']}: " + ", ".join(shown)

@@ -1,0 +1,133 @@
+"""Checkpoints: complete or absent, verified, never a pickle."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError, checkpoints, newest, save
+
+
+def write(out_dir, step, keep=2):
+    return save(out_dir, {"w": torch.full((4, 4), float(step))}, {"0.m": torch.arange(3.0)},
+                dict(step=step), keep)
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    write(tmp_path, 7)
+    found = newest(tmp_path)
+    assert found.state == {"step": 7}
+    assert torch.equal(found.model_tensors()["w"], torch.full((4, 4), 7.0))
+    assert torch.equal(found.optimizer_tensors()["0.m"], torch.arange(3.0))
+
+
+def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
+    for step in (1, 2, 10):
+        write(tmp_path, step)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_00000010", "step_00000002"]
+    assert (tmp_path / "latest").read_text() == "step_00000010\n"
+    assert newest(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE,
+                                  checkpoint.MANIFEST])
+@pytest.mark.parametrize("fault", ["flip", "truncate", "remove"])
+def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, capsys, name, fault):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / name
+    content = bytearray(path.read_bytes())
+    if fault == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif fault == "truncate":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    assert newest(tmp_path).state["step"] == 1
+    warning = capsys.readouterr().err
+    assert "step_00000002" in warning and "renamed to step_00000002.corrupt" in warning
+    assert (tmp_path / "step_00000002.corrupt").is_dir()
+
+
+def test_when_none_is_intact_nothing_is_loaded(tmp_path):
+    (write(tmp_path, 1) / checkpoint.MODEL).unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
+        newest(tmp_path)
+
+
+def test_a_save_cut_off_at_any_write_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    """Stops the save at its n-th call to the file system, for every n."""
+    class Killed(BaseException):
+        pass
+
+    calls = dict(n=0, stop=None)
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == calls["stop"]:
+                raise Killed
+            return function(*args, **kwargs)
+        return call
+
+    for module, name in ((checkpoint, "save_file"), (os, "fsync"), (os, "rename"),
+                         (os, "replace"), (shutil, "rmtree"), (checkpoint, "_describe")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    points = 0
+    while True:
+        out_dir = tmp_path / str(points)
+        calls.update(n=0, stop=None)
+        write(out_dir, 1)
+        write(out_dir, 2)
+        calls.update(n=0, stop=points + 1)
+        try:
+            write(out_dir, 3)
+            break
+        except Killed:
+            points += 1
+        calls.update(stop=None)
+        step = newest(out_dir).state["step"]
+        assert step in (2, 3)
+        assert not list(out_dir.glob("*.corrupt"))
+        write(out_dir, 4)  # and the next save works
+        assert newest(out_dir).state["step"] == 4
+    assert points > 10
+
+
+def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(CheckpointError, match="of disk space are free; earlier checkpoints are"):
+        write(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step_00000001"]
+
+
+def test_an_out_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        write(tmp_path / "file", 1)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", folder.name]
+    assert json.loads((folder / checkpoint.STATE).read_text()) == {"step": 1}
+
+
+def test_optimizer_state_round_trips_and_keeps_new_hyperparameters():
+    def optimizer(lr):
+        torch.manual_seed(0)
+        return torch.optim.AdamW([torch.nn.Parameter(torch.randn(3)) for _ in range(2)], lr=lr)
+
+    first, second = optimizer(0.1), optimizer(0.5)
+    for p in first.param_groups[0]["params"]:
+        p.grad = torch.randn(3)
+    first.step()
+    checkpoint.restore_state(second, checkpoint.flatten_state(first))
+    assert second.param_groups[0]["lr"] == 0.5
+    for a, b in zip(first.state.values(), second.state.values(), strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

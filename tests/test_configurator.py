@@ -1,0 +1,94 @@
+"""Settings: every mistake is one line that says what, which value, where from, what to do."""
+
+import pytest
+
+import train
+from configurator import Config, ConfigError, help_text, load
+
+
+def loaded(*argv):
+    return load(Config, list(argv), "usage")[0]
+
+
+def test_flags_win_over_config_files_wherever_they_stand(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text('"""A docstring."""\n_width = 2 ** 5\nn_embd = _width * 6  # 192\n'
+                    "learning_rate = 6e-4 / 2\nbias = True\nout_dir = 'a=b'\n")
+    config = loaded("--n_embd=96", str(file))
+    assert config.n_embd == 96
+    assert config.learning_rate == 3e-4
+    assert config.bias is True
+    assert config.out_dir == "a=b"
+
+
+def test_values_may_hold_equals_signs_and_whole_floats_are_integers():
+    config = loaded("--out_dir=x=y", "--max_iters=1e5", "--learning_rate=1")
+    assert (config.out_dir, config.max_iters, config.learning_rate) == ("x=y", 100_000, 1.0)
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--learning_rat=1", "did you mean learning_rate?"),
+    ("--gradient_accumulation_steps=8", "set total_batch_size"),
+    ("--min_lr=6e-5", "min_lr_ratio"),
+    ("--zzz=1", "--help lists every key"),
+    ("--max_iters", "--max_iters=value"),
+    ("-max_iters=5", "write it as --max_iters=value"),
+    ("--out_dir=", "the value is empty"),
+    ("--max_iters=many", "max_iters = 'many' is not a whole number"),
+    ("--max_iters=2.5", "max_iters = 2.5 is not a whole number"),
+    ("--max_iters=True", "max_iters = True is not a whole number"),
+    ("--batch_size=-1", "batch_size = -1 must be at least 1"),
+    ("--beta1=1", "beta1 = 1.0 must be below 1"),
+    ("--learning_rate=0", "learning_rate = 0.0 must be above 0"),
+    ("--bias=yes", "bias = 'yes' is not True or False"),
+    ("--optimizer=sophiaq", "did you mean sophiag?"),
+    ("--dtype=float16", "is none of auto, float32"),
+    ("--n_head=7", "n_embd = 768 does not divide into n_head = 7"),
+    ("--batch_size=7", "total_batch_size = 480 is not a multiple of batch_size = 7"),
+    ("--hessian_batch_size=481", "is more than total_batch_size"),
+    ("--hessian_chunks=7", "does not divide into hessian_chunks = 7"),
+    ("config/train_gpt2_30m_sophia.py", "did you mean config/train_gpt2_30m_sophiag.py?"),
+])
+def test_each_mistake_is_refused_by_name(refused, flag, words):
+    assert words in refused(train.main, [flag])
+
+
+def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, refused):
+    file = tmp_path / "c.py"
+    file.write_text("\nbatch_size = 7\n")
+    assert f"batch_size from {file}:2" in refused(train.main, [str(file)])
+
+
+@pytest.mark.parametrize("line", [
+    "import os", "max_iters = __import__('os').system('touch owned')", "max_iters = len('x')",
+    "x = 9 ** 9 ** 9", "max_iters = [1]", "max_iters: int = 5", "max_iters = 'a' * 3",
+    "max_iters = 1 / 0", "max_iters = unknown", "max_iters = (",
+])
+def test_a_config_file_is_read_and_never_executed(tmp_path, monkeypatch, refused, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.py").write_text(line + "\n")
+    assert "c.py:1" in refused(train.main, ["c.py"])
+    assert not (tmp_path / "owned").exists()
+
+
+def test_help_lists_every_key_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert text.strip() == help_text(Config, "train.py [config/FILE.py] [--key=value]").strip()
+    assert "--hessian_batch_size=int" in text and "default 240" in text
+
+
+def test_ranks_that_do_not_divide_are_refused():
+    config = loaded("--batch_size=60")
+    with pytest.raises(ConfigError, match="batch_size = 60 x 3 ranks.*may be one of"):
+        config.check_world(3)
+    with pytest.raises(ConfigError, match="nor a multiple of the 4 ranks"):
+        loaded("--hessian_chunks=2").check_world(4)
+    loaded("--hessian_chunks=8").check_world(4)
+
+
+def test_programs_get_the_same_checks_as_users():
+    with pytest.raises(ConfigError, match="max_iters = 0 must be at least 1"):
+        Config(max_iters=0)

@@ -1,0 +1,110 @@
+"""Batches are a pure function of (seed, step); data that does not fit is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from dataloader import (
+    PURPOSES,
+    DataError,
+    TrainBatches,
+    ValidationWindows,
+    keyed_bits,
+    keyed_seed,
+    open_dataset,
+)
+
+
+def batches(tokens=1001, block_size=10, total_batch_size=7, seed=0):
+    return TrainBatches(np.arange(tokens, dtype=np.uint16), block_size=block_size,
+                        total_batch_size=total_batch_size, seed=seed)
+
+
+def first_tokens(loader, step):
+    return loader.rows(step, 0, loader.total_batch_size)[0][:, 0].tolist()
+
+
+def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
+    loader = batches(total_batch_size=10)
+    epochs = [[t for step in range(10 * e, 10 * e + 10) for t in first_tokens(loader, step)]
+              for e in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(0, 1000, 10))
+    assert epochs[0] != epochs[1] != sorted(epochs[1])
+
+
+def test_targets_are_the_next_tokens():
+    x, y = batches().rows(3, 0, 7)
+    assert x.shape == y.shape == (7, 10) and x.dtype == torch.int64
+    assert torch.equal(y, x + 1)
+
+
+def test_rows_do_not_depend_on_what_was_read_before_or_on_the_split_over_ranks():
+    whole = batches().rows(19, 0, 7)[0]  # straddles the end of an epoch of 100 windows
+    parts = torch.cat([batches().rows(19, a, b)[0] for a, b in ((0, 3), (3, 7))])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, batches(seed=1).rows(19, 0, 7)[0])
+
+
+def test_keyed_streams_differ_by_seed_purpose_and_index_and_never_change():
+    draws = {tuple(keyed_bits(4, seed, purpose, index).tolist())
+             for seed in (0, 1) for purpose in PURPOSES for index in (0, 1, 2)}
+    assert len(draws) == 2 * len(PURPOSES) * 3
+    # Any change here changes the data order of every stored run.
+    assert keyed_seed(1337, "hessian", 10) == 723611161988692919
+    assert batches(seed=1337).window(0) == 55
+
+
+def test_validation_windows_are_evenly_spaced_and_all_of_them_on_request():
+    tokens = np.arange(1001, dtype=np.uint16)
+    some = ValidationWindows(tokens, block_size=10, limit=4)
+    assert some.rows(0, 4)[0][:, 0].tolist() == [0, 250, 500, 750]
+    assert len(ValidationWindows(tokens, block_size=10, limit=0)) == 100
+    assert len(ValidationWindows(tokens, block_size=10, limit=10**6)) == 100
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A valid prepared folder to spoil."""
+    def meta(**changes):
+        splits = {split: dict(tokens=100) for split in ("train", "val")}
+        content = dict(vocab_size=257, tokenizer="bytes", dtype="uint16", splits=splits) | changes
+        (tmp_path / "meta.json").write_text(json.dumps(content))
+    for split in ("train", "val"):
+        (np.arange(100) % 50).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
+    meta()
+    return tmp_path, meta
+
+
+def test_a_bare_nanogpt_folder_loads_as_gpt2_tokens_and_says_so(folder):
+    path, _ = folder
+    (path / "meta.json").unlink()
+    data = open_dataset(str(path), 8)
+    assert (data.vocab_size, data.tokenizer) == (50257, "gpt2") and "no meta.json" in data.note
+
+
+def test_missing_data_says_how_to_prepare_it(refused):
+    line = refused(train.main, ["--dataset=openwebtext", "--device=cpu"])
+    assert "train.bin not found; run python data/openwebtext/prepare.py" in line
+    line = refused(train.main, ["--dataset=nowhere", "--device=cpu"])
+    assert "--dataset takes a prepared folder, or one of data/: openwebtext, stdlib" in line
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda p, meta: (p / "val.bin").unlink(), "val.bin not found"),
+    (lambda p, meta: (p / "train.bin").write_bytes(b"123"), "odd size of 3 bytes"),
+    (lambda p, meta: (p / "train.bin").write_bytes(b""), "holds 0 tokens"),
+    (lambda p, meta: (p / "val.bin").write_bytes(bytes(16)), "window needs block_size + 1 = 9"),
+    (lambda p, meta: (p / "train.bin").write_bytes(bytes(80)), "holds 40 tokens but"),
+    (lambda p, meta: meta(vocab_size=40), "holds id 49 at position 49, outside the"),
+    (lambda p, meta: meta(dtype="uint32"), "dtype uint32 is not uint16"),
+    (lambda p, meta: (p / "meta.json").write_text("{"), "not what corpus.py writes"),
+    (lambda p, meta: (p / "meta.json").write_text("{}"), "not what corpus.py writes"),
+])
+def test_data_that_does_not_fit_is_refused_by_file(folder, spoil, words):
+    spoil(*folder)
+    with pytest.raises(DataError, match=words.replace("+", r"\+")):
+        open_dataset(str(folder[0]), 8)

@@ -1,0 +1,60 @@
+"""Records reach metrics.jsonl in order; a recorder that fails never stops training."""
+
+import json
+
+from metrics import Recorder, peak_flops
+
+
+def recorder(tmp_path, first_step=0, **kwargs):
+    return Recorder(tmp_path, first_step=first_step, max_iters=10, active=True, **kwargs)
+
+
+def stored(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_json_object_a_line_and_one_line_to_read(tmp_path, capsys):
+    r = recorder(tmp_path)
+    r.record({"step": 0, "train/loss": 5.5, "lr": 1e-3, "tokens_per_second": 1234.5, "mfu": None})
+    r.record({"step": 4, "val/loss": 3.25})
+    r.close()
+    assert stored(tmp_path) == [
+        {"step": 0, "train/loss": 5.5, "lr": 1e-3, "tokens_per_second": 1234.5},
+        {"step": 4, "val/loss": 3.25}]
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0: loss 5.5000, lr 1.00e-03, 1,234 tokens/s", "step 4: val loss 3.2500"]
+
+
+def test_resuming_drops_the_records_that_will_come_again(tmp_path):
+    first = recorder(tmp_path)
+    for step in range(5):
+        first.record({"step": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "tr')  # cut off by a kill
+    recorder(tmp_path, first_step=3).record({"step": 3, "again": True})
+    assert stored(tmp_path) == [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_a_failing_recorder_warns_once_and_training_goes_on(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    r = recorder(tmp_path, wandb=dict(mode="no such mode"))
+    r.record({"step": 0})
+    r.record({"step": 1})
+    r.close()
+    errors = capsys.readouterr().err
+    assert errors.count("recording to metrics.jsonl failed") == 1
+    assert errors.count("recording to wandb failed") == 1
+
+
+def test_other_ranks_record_nothing(tmp_path, capsys):
+    r = Recorder(tmp_path, first_step=0, max_iters=10, active=False)
+    r.record({"step": 0})
+    r.say("hello")
+    r.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_peak_flops_are_known_by_device_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_flops("Tesla T4") is None

@@ -1,0 +1,100 @@
+"""Schedule, decay groups, and the shipped configs."""
+
+import math
+
+import pytest
+import torch
+
+from configurator import Config, load
+from model import GPT, GPTConfig
+from optimizers import build, cosine_lr, decay_groups
+from tests.conftest import ROOT
+from train import MODEL_KEYS
+
+# Table 2 of the paper: width, heads, layers, peak rates (AdamW, Sophia-G).
+TABLE_2 = {
+    "30m": (384, 6, 6, 1.2e-3, 1e-3, 30e6),
+    "small": (768, 12, 12, 6e-4, 6e-4, 125e6),
+    "medium": (1024, 16, 24, 3e-4, 4e-4, 355e6),
+    "540m": (1152, 18, 30, 3e-4, 4e-4, 540e6),
+    "large": (1280, 20, 36, 2e-4, 3e-4, 770e6),
+}
+
+
+def shipped(name, *flags):
+    return load(Config, [str(ROOT / "config" / f"{name}.py"), *flags], "")[0]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.stem)
+def test_every_shipped_config_loads_and_says_how_to_launch_it(path):
+    config = shipped(path.stem)
+    first = path.read_text().splitlines()[0]
+    assert f"train.py config/{path.name}" in first
+    assert path.stem.startswith("quickstart") or config.tokens_per_step == 480 * 1024
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophiag"])
+@pytest.mark.parametrize("size", TABLE_2)
+def test_gpt2_configs_are_table_2_and_divide_over_gpus(size, optimizer):
+    n_embd, n_head, n_layer, lr_adamw, lr_sophia, parameters = TABLE_2[size]
+    config = shipped(f"train_gpt2_{size}_{optimizer}")
+    assert (config.n_embd, config.n_head, config.n_layer) == (n_embd, n_head, n_layer)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS}))
+    assert model.num_params() == pytest.approx(parameters, rel=0.03)
+    for ranks in (1, 2, 4, 8):
+        config.check_world(ranks)
+        assert 480 % (ranks * config.batch_size) == 240 % (ranks * config.batch_size) == 0
+    assert (config.block_size, config.total_batch_size, config.grad_clip) == (1024, 480, 1.0)
+    assert (config.max_iters, config.warmup_iters, config.min_lr_ratio) == (100_000, 2000, 0.05)
+    assert not config.bias and not config.dropout
+    if optimizer == "adamw":
+        assert config.learning_rate == lr_adamw
+        assert (config.beta1, config.beta2, config.weight_decay) == (0.9, 0.95, 0.1)
+        assert config.scale_attn_by_inverse_layer_idx == (size in ("medium", "540m", "large"))
+    else:
+        assert config.learning_rate == lr_sophia
+        assert (config.beta1, config.beta2, config.weight_decay) == (0.96, 0.99, 0.2)
+        assert (config.gamma, config.eps, config.hessian_interval) == (0.05, 1e-12, 10)
+        assert (config.hessian_batch_size, config.hessian_chunks) == (240, 1)
+        assert not config.scale_attn_by_inverse_layer_idx
+
+
+def test_schedule_warms_up_linearly_then_falls_as_a_cosine_to_the_ratio():
+    config = Config(learning_rate=1.0, warmup_iters=10, max_iters=110, min_lr_ratio=0.05)
+    assert [cosine_lr(config, t) for t in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert cosine_lr(config, 10) == pytest.approx(1.0)
+    assert cosine_lr(config, 60) == pytest.approx((1 + 0.05) / 2)
+    by_hand = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * 99 / 100))
+    assert cosine_lr(config, 109) == pytest.approx(by_hand)
+    assert cosine_lr(config, 500) == pytest.approx(0.05)
+    assert cosine_lr(Config(learning_rate=1.0, warmup_iters=0, max_iters=5), 0) == 1.0
+
+
+def test_matrices_decay_and_vectors_do_not_each_once():
+    model = GPT(GPTConfig(n_layer=2, n_head=1, n_embd=8, block_size=4, vocab_size=16, bias=True))
+    decayed, kept = decay_groups(model, 0.3)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    assert all(p.dim() >= 2 for p in decayed["params"]) and all(p.dim() < 2 for p in kept["params"])
+    chosen = [*decayed["params"], *kept["params"]]
+    assert {id(p) for p in chosen} == {id(p) for p in model.parameters()}
+    assert len(chosen) == len(list(model.parameters()))
+
+
+def test_labels_of_the_estimate_do_not_depend_on_the_split_over_ranks():
+    """Two ranks' parts with a summing reduction equal one rank's whole, to rounding."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=16)).double()
+    config = Config(hessian_batch_size=4, total_batch_size=4, batch_size=1, n_head=1, n_embd=8)
+    idx = torch.randint(16, (4, 4))
+    whole = build(config, model, num_classes=13).estimator(model, idx, idx, 0, 5)
+    sums = []  # what the first rank contributes, then both
+
+    def estimate(rows, reduce):
+        estimator = build(config, model, num_classes=13, all_reduce=reduce).estimator
+        return estimator(model, idx[rows], idx[rows], rows.start, 5)
+
+    estimate(slice(0, 2), lambda parts: sums.extend(p.clone() for p in parts))
+    both = estimate(slice(2, 4), lambda parts: torch._foreach_add_(parts, sums))
+    for a, b in zip(whole, both, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)

@@ -1,0 +1,262 @@
+"""The loop: exact resume, the estimator beside the gradients, ranks, refusals."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from checkpoint import newest
+from configurator import Config, load
+from dataloader import open_dataset
+from distributed import Ranks
+from tests.conftest import run_train, torchrun
+
+
+def records(out_dir):
+    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    volatile = ("tokens_per_second", "mfu")
+    return [{k: v for k, v in line.items() if k not in volatile} for line in lines]
+
+
+def tensors(out_dir):
+    folder = newest(out_dir).folder
+    return (load_file(folder / "model.safetensors")
+            | load_file(folder / "optimizer.safetensors"))
+
+
+def assert_same_run(a, b):
+    assert records(a) == records(b)
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def build(argv, data_dir):
+    config = load(Config, argv, "")[0]
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    data = open_dataset(str(data_dir), config.block_size)
+    config = train._fit_vocabulary(train._settle(config, {}, None, ranks), {}, data)
+    return train.build_run(config, ranks, data)
+
+
+def test_a_run_learns_and_records_every_step_once(tiny, tmp_path, capsys):
+    run_train(*tiny("--max_iters=60", "--sample_tokens=8", "--eval_interval=25"))
+    lines = records(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(60))
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 1.5
+    assert [line["step"] for line in lines if "val/loss" in line] == [24, 49, 59]
+    assert {"lr", "grad_norm", "unclipped_fraction", "hessian_norm"} <= lines[0].keys()
+    out = capsys.readouterr().out
+    assert "a sample:" in out and "next:" in out and "python sample.py --out_dir=" in out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["vocab_size"] == 320
+
+
+@pytest.mark.parametrize("optimizer", ["sophiag", "adamw"])
+@pytest.mark.parametrize("extra", [(), ("--dropout=0.2",), ("--hessian_chunks=2",)])
+def test_stop_and_resume_continue_bit_identically(tiny, tmp_path, optimizer, extra):
+    """Stopped at step 13 of 25 with k = 10: between two estimates, and after an evaluation."""
+    flags = ("--max_iters=25", "--eval_interval=6", f"--optimizer={optimizer}", *extra,
+             "--checkpoint_interval=13")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_train(*tiny(*flags, out_dir=whole))
+
+    class Stopped(Exception):
+        pass
+
+    original = train.train_step
+
+    def until_14(run, step):
+        if step == 14:
+            raise Stopped
+        return original(run, step)
+
+    train.train_step = until_14
+    try:
+        with pytest.raises(Stopped):
+            run_train(*tiny(*flags, out_dir=parts))
+    finally:
+        train.train_step = original
+    assert newest(parts).state["step"] == 13
+    run_train(*tiny(*flags, "--init_from=resume", out_dir=parts))
+    assert_same_run(whole, parts)
+
+
+def test_auto_starts_then_continues_and_a_finished_run_says_so(tiny, tmp_path, capsys):
+    run_train(*tiny("--init_from=auto", "--max_iters=3"))
+    assert newest(tmp_path / "run").state["step"] == 3
+    run_train(*tiny("--init_from=auto", "--max_iters=5"))
+    assert newest(tmp_path / "run").state["step"] == 5
+    capsys.readouterr()
+    run_train(*tiny("--init_from=auto", "--max_iters=5"))
+    assert "nothing to train; raise --max_iters" in capsys.readouterr().out
+
+
+def test_the_estimate_leaves_the_training_gradients_as_they_are(tiny, data_dir):
+    """Also with dropout, whose random numbers the estimate must not shift."""
+    grads = []
+    for estimating in (True, False):
+        run = build(tiny("--dropout=0.3"), data_dir)
+        if not estimating:
+            run.estimator = None
+        run.optimizer.zero_grad = lambda set_to_none: None
+        train.train_step(run, 0)
+        grads.append([p.grad.clone() for p in run.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_the_estimate_comes_before_the_update_every_k_steps_and_is_not_norm_clipped(
+        tiny, data_dir):
+    seen = {}
+    for clip in ("1e-6", "0"):
+        run = build(tiny("--hessian_interval=3", f"--grad_clip={clip}"), data_dir)
+        original, calls = run.estimator, []
+
+        def spy(logits, *args, run=run, original=original, calls=calls):
+            calls.append([p.detach().clone() for p in run.model.parameters()])
+            return original(logits, *args)
+
+        run.estimator = spy
+        start = [p.detach().clone() for p in run.model.parameters()]
+        for step in range(7):
+            train.train_step(run, step)
+        assert len(calls) == 3  # t = 1, 4, 7
+        assert all(torch.equal(a, b) for a, b in zip(calls[0], start, strict=True))
+        first = build(tiny(f"--grad_clip={clip}"), data_dir)
+        train.train_step(first, 0)
+        seen[clip] = [first.optimizer.state[p]["hessian"] for p in first.optimizer.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+
+def test_the_estimate_reads_the_first_rows_of_the_same_batch(tiny, data_dir):
+    run = build(tiny(), data_dir)
+    given = []
+    original = run.estimator
+    run.estimator = lambda *args: given.append(args[1:]) or original(*args)
+    train.train_step(run, 0)
+    idx, targets, first_row, _ = given[0]
+    expected = run.batches.rows(0, 0, 4)
+    assert torch.equal(idx, expected[0]) and torch.equal(targets, expected[1]) and first_row == 0
+
+
+def test_accumulation_does_not_change_the_step(tiny, data_dir):
+    states = []
+    for batch_size in (8, 2, 1):
+        run = build(tiny(f"--batch_size={batch_size}", "--dtype=float64"), data_dir)
+        loss, _ = train.train_step(run, 0)
+        states.append([loss, *run.model.parameters(),
+                       *(run.optimizer.state[p]["hessian"] for p in run.optimizer.parameters())])
+    for other in states[1:]:
+        for a, b in zip(states[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_evaluation_is_the_same_for_any_batch_size_and_disturbs_nothing(tiny, data_dir, batch_size):
+    run = build(tiny("--dtype=float64", f"--batch_size={batch_size}"), data_dir)
+    windows = train.ValidationWindows(open_dataset(str(data_dir), 16).val, block_size=16, limit=7)
+    state = torch.random.get_rng_state()
+    loss = train.evaluate(run, windows)
+    reference = run.model(*windows.rows(0, 7)).item()
+    assert loss == pytest.approx(reference, rel=1e-12)
+    assert torch.equal(state, torch.random.get_rng_state()) and run.model.training
+
+
+@pytest.mark.parametrize("ranks, chunks", [(2, 1), (2, 2), (4, 1)])
+def test_ranks_give_one_ranks_losses_and_curvature(tiny, tmp_path, ranks, chunks):
+    flags = ("--max_iters=12", "--dtype=float64", "--batch_size=1", f"--hessian_chunks={chunks}",
+             "--dropout=0.1")
+    run_train(*tiny(*flags, out_dir=tmp_path / "one"))
+    result = torchrun(ranks, "train.py", *tiny(*flags, out_dir=tmp_path / "many"))
+    assert result.returncode == 0, result.stderr
+    for a, b in zip(records(tmp_path / "one"), records(tmp_path / "many"), strict=True):
+        assert a == pytest.approx(b, rel=1e-6)  # train/loss is summed in float32
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    for key in one:
+        torch.testing.assert_close(one[key], many[key], rtol=1e-9, atol=1e-12)
+
+
+def test_ranks_refuse_together_with_one_line_each(tiny):
+    result = torchrun(2, "train.py", *tiny("--batch_size=8"))
+    assert result.returncode != 0
+    assert "error: total_batch_size = 8 is not a multiple of batch_size = 8 x 2 ranks" \
+        in result.stderr
+    assert 'train.py", line' not in result.stderr  # no traceback of ours; torchrun prints its own
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tiny, refused, tmp_path):
+    run_train(*tiny())
+    before = sorted(tmp_path.rglob("*"))
+    for flag, words in (("--n_layer=3", "has n_layer = 2, flag --n_layer=3 asks for 3"),
+                        ("--optimizer=adamw", "has optimizer = 'sophiag'"),
+                        ("--total_batch_size=16", "has total_batch_size = 8"),
+                        ("--seed=1", "has seed = 1337")):
+        assert words in refused(train.main, tiny("--init_from=resume", flag))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_settings_left_out_come_from_the_checkpoint(tiny, data_dir, tmp_path):
+    run_train(*tiny("--bias=True"))
+    run_train("--init_from=resume", f"--out_dir={tmp_path / 'run'}", f"--dataset={data_dir}",
+              "--max_iters=7", "--batch_size=2", "--hessian_batch_size=4", "--device=cpu")
+    assert newest(tmp_path / "run").state["config"]["bias"] is True
+
+
+def test_a_run_is_never_started_over_another(tiny, refused):
+    run_train(*tiny())
+    assert "already holds checkpoints; continue them with --init_from=resume" in \
+        refused(train.main, tiny())
+
+
+def test_resuming_on_other_data_is_refused(tiny, refused, data_dir, tmp_path):
+    run_train(*tiny())
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("train.bin", "val.bin"):
+        (other / name).write_bytes((data_dir / name).read_bytes()[:-2])
+    assert "is not the data that" in refused(
+        train.main, tiny("--init_from=resume", f"--dataset={other}"))
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--init_from=resume", "holds no checkpoint to resume"),
+    ("--device=cuda:99", "CUDA devices are there"),
+    ("--device=abacus", "is not a device"),
+    ("--block_size=100000000", "window needs block_size + 1"),
+    ("--vocab_size=64", "vocab_size = 64 is less than the 257 classes"),
+])
+def test_what_is_not_there_is_refused_before_anything_is_written(tiny, refused, tmp_path, flag,
+                                                                 words):
+    assert words in refused(train.main, tiny(flag))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_out_dir_that_cannot_be_written_is_refused(tiny, refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to --out_dir" in refused(train.main, tiny(out_dir=tmp_path / "file"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_checkpoints(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_train(*tiny("--learning_rate=1e30", "--grad_clip=0", "--max_iters=20"))
+    assert stopped.value.code == 1
+    assert "the loss is" in capsys.readouterr().err
+
+
+def test_sampling_continues_a_prompt_and_repeats_with_its_seed(tiny, tmp_path, capsys, refused):
+    run_train(*tiny())
+    capsys.readouterr()
+    (tmp_path / "prompt").write_text("import")
+    outputs = []
+    for start in ("import", f"FILE:{tmp_path / 'prompt'}"):
+        sample.main([f"--out_dir={tmp_path / 'run'}", f"--start={start}", "--num_samples=2",
+                     "--max_new_tokens=20", "--device=cpu"])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    texts = outputs[0].split("---------------\n")
+    assert texts[0].startswith("import") and texts[1].startswith("import") and texts[0] != texts[1]
+    assert "holds no checkpoint" in refused(sample.main, [f"--out_dir={tmp_path / 'none'}"])
+    assert "cannot read" in refused(sample.main, [f"--out_dir={tmp_path / 'run'}",
+                                                  "--start=FILE:/nowhere", "--device=cpu"])

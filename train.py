@@ -1,0 +1,414 @@
+"""Trains a GPT on one or several ranks: the one loop for every optimizer.
+
+    python train.py config/quickstart.py
+    torchrun --nproc_per_node=8 train.py config/train_gpt2_medium_sophiag.py --batch_size=10
+
+Settings come from config files and --key=value flags; --help lists them. The folder --out_dir
+receives config.json, metrics.jsonl and checkpoints; --init_from=resume continues the newest one
+with the losses that an uninterrupted run would have had.
+"""
+
+import json
+import math
+import os
+import platform
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import checkpoint as checkpoints
+from checkpoint import Checkpoint, CheckpointError
+from configurator import (
+    Config,
+    ConfigError,
+    as_dict,
+    changed,
+    exit_with,
+    load,
+    with_sources,
+)
+from dataloader import (
+    DataError,
+    Dataset,
+    TrainBatches,
+    ValidationWindows,
+    keyed_seed,
+    open_dataset,
+    to_device,
+)
+from distributed import (
+    DeviceError,
+    Ranks,
+    gradient_sync,
+    same_on_all_ranks,
+    start_ranks,
+    stop_ranks,
+    sum_over_ranks,
+    world_size,
+    wrap,
+)
+from metrics import Recorder, peak_flops
+from model import GPT, GPTConfig
+from optimizers import Estimator, build, cosine_lr
+from tokenizer import TokenizerError, get_tokenizer
+
+MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
+# What a resumed run must share with its checkpoint, so that it sees the same rows and state.
+RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "optimizer")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step."""
+
+
+@dataclass
+class Run:
+    """What one step needs."""
+
+    config: Config
+    ranks: Ranks
+    model: GPT
+    wrapped: nn.Module  # the model, averaging gradients over ranks
+    optimizer: torch.optim.Optimizer
+    estimator: Estimator | None
+    batches: TrainBatches
+
+    def autocast(self):
+        """The context of every forward pass."""
+        if self.config.dtype != "bfloat16":
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, torch.bfloat16)
+
+
+def main(argv: list[str]) -> None:
+    """The command; exits with 2 and one line after a user's mistake."""
+    try:
+        config, sources = load(Config, argv, "train.py [config/FILE.py] [--key=value]")
+        try:
+            config.check_world(world_size())
+        except ConfigError as error:
+            raise with_sources(error, sources) from None
+        train(config, sources)
+    except (ConfigError, DataError, DeviceError, CheckpointError, TokenizerError) as error:
+        exit_with(_on_this_rank(error))
+    except TrainingError as error:
+        print(f"error: {_on_this_rank(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; continue from the newest checkpoint with --init_from=resume",
+              file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+    finally:
+        stop_ranks()
+
+
+def train(config: Config, sources: dict[str, str] | None = None) -> None:
+    """Trains to config.max_iters; `sources` says where each explicitly given key came from."""
+    sources = sources or {}
+    ranks = start_ranks(config.device)
+    out_dir = Path(config.out_dir)
+    found = _find_checkpoint(config, out_dir, ranks)
+    config = _settle(config, sources, found, ranks)
+    data = open_dataset(config.dataset, config.block_size)
+    if found and found.state["data"] != data.fingerprint:
+        raise DataError(f"{data.folder} is not the data that {found.folder} was trained on; give "
+                        "the same --dataset, or another --out_dir to start anew")
+    config = _fit_vocabulary(config, sources, data)
+    run = build_run(config, ranks, data)
+    first_step = _restore(run, found) if found else 0
+    if ranks.is_main:
+        _announce(run, data, out_dir)
+    if first_step >= config.max_iters:
+        if ranks.is_main:
+            print(f"{found.folder} has all of max_iters = {config.max_iters} steps: nothing to "
+                  "train; raise --max_iters to go on")
+        return
+    recorder = Recorder(out_dir, first_step=first_step, max_iters=config.max_iters,
+                        active=ranks.is_main, wandb=_wandb_settings(config))
+    try:
+        _loop(run, data, out_dir, recorder, first_step)
+    finally:
+        recorder.close()
+    if ranks.is_main:
+        _farewell(run, data, out_dir)
+
+
+def build_run(config: Config, ranks: Ranks, data: Dataset) -> Run:
+    """Model, optimizer and batches of a resolved config, freshly initialised."""
+    torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    torch.manual_seed(config.seed)
+    shape = GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS})
+    model = GPT(shape).to(ranks.device)
+    if config.dtype == "float64":
+        model.double()
+    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
+        model.compile()
+    optimizer, estimator = build(config, model, num_classes=data.vocab_size,
+                                 all_reduce=sum_over_ranks if ranks.world_size > 1 else None)
+    batches = TrainBatches(data.train, block_size=config.block_size, seed=config.seed,
+                           total_batch_size=config.total_batch_size)
+    return Run(config, ranks, model, wrap(model, ranks), optimizer, estimator, batches)
+
+
+def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
+    """One optimizer step; (mean loss of this rank's rows, gradient norm) on the device, no sync."""
+    config = run.config
+    for group in run.optimizer.param_groups:
+        group["lr"] = cosine_lr(config, step)
+    if run.estimator is not None and step % config.hessian_interval == 0:
+        update_curvature(run, step)
+    first, last = run.ranks.share(config.total_batch_size)
+    mean_loss = torch.zeros((), device=run.ranks.device)
+    for row in range(first, last, config.batch_size):
+        idx, targets = to_device(run.batches.rows(step, row, row + config.batch_size),
+                                 run.ranks.device)
+        _seed_dropout(config, "dropout", step, row)
+        with gradient_sync(run.wrapped, on=row + config.batch_size == last):
+            with run.autocast():
+                loss = run.wrapped(idx, targets) * (config.batch_size / (last - first))
+            loss.backward()
+        mean_loss += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return mean_loss, grad_norm
+
+
+def update_curvature(run: Run, step: int) -> None:
+    """Algorithm 3, lines 6-10: an estimate at the current parameters, on rows of this batch."""
+    config = run.config
+    first, last = run.ranks.share(config.hessian_batch_size)
+    idx, targets = to_device(run.batches.rows(step, first, last), run.ranks.device)
+    row = first
+
+    def logits(idx: Tensor) -> Tensor:
+        """Of the bare model, which has no gradient hooks, on the next rows."""
+        nonlocal row
+        _seed_dropout(config, "hessian_dropout", step, row)
+        row += len(idx)
+        with run.autocast():
+            return run.model(idx)
+
+    run.optimizer.update_hessian(run.estimator(
+        logits, idx, targets, first, keyed_seed(config.seed, "hessian", step)))
+
+
+@torch.no_grad()
+def evaluate(run: Run, windows: ValidationWindows) -> float:
+    """Mean loss in nats per token over the windows, shared over ranks (host sync)."""
+    run.model.eval()
+    first, last = run.ranks.share(len(windows))
+    losses, sizes = [], []
+    for row in range(first, last, run.config.batch_size):
+        stop = min(row + run.config.batch_size, last)
+        idx, targets = to_device(windows.rows(row, stop), run.ranks.device)
+        with run.autocast():
+            losses.append(run.model(idx, targets))
+        sizes.append(stop - row)
+    run.model.train()
+    total = sum(loss * n for loss, n in zip(torch.stack(losses).tolist() if losses else [], sizes,
+                                            strict=True))
+    pair = torch.tensor([total, sum(sizes)], dtype=torch.float64)
+    if run.ranks.world_size > 1:
+        pair = pair.to(run.ranks.device)
+        sum_over_ranks([pair])
+    total, count = pair.tolist()
+    return total / count
+
+
+def _loop(run: Run, data: Dataset, out_dir: Path, recorder: Recorder, first_step: int) -> None:
+    config = run.config
+    windows = ValidationWindows(data.val, block_size=config.block_size, limit=config.eval_windows)
+    clock = _Clock()
+    for step in range(first_step, config.max_iters):
+        loss, grad_norm = train_step(run, step)
+        done, last = step + 1, step + 1 == config.max_iters
+        clock.tokens += config.tokens_per_step
+        record = {}
+        if step % config.log_interval == 0 or last:
+            record |= _measure(run, step, loss, grad_norm, clock)
+        with clock.paused():
+            if done % config.eval_interval == 0 or last:
+                record["val/loss"] = evaluate(run, windows)
+            if record:
+                recorder.record({"step": step, **record})
+            if run.ranks.is_main and (done % config.checkpoint_interval == 0 or last):
+                _save(run, data, out_dir, done)
+
+
+class _Clock:
+    """Tokens per second of training alone: time in `paused()` is left out."""
+
+    def __init__(self):
+        self.start, self.tokens = time.perf_counter(), 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
+
+    def read(self) -> float:
+        """Tokens per second since the last reading."""
+        now = time.perf_counter()
+        rate = self.tokens / (now - self.start)
+        self.start, self.tokens = now, 0
+        return rate
+
+
+def _measure(run: Run, step: int, loss: Tensor, grad_norm: Tensor, clock: _Clock) -> dict:
+    """The numbers of a logging step: the loop's one host sync."""
+    if run.ranks.world_size > 1:
+        sum_over_ranks([loss])
+    statistics = run.optimizer.statistics() if hasattr(run.optimizer, "statistics") else {}
+    names = ["train/loss", "grad_norm", *statistics]
+    values = torch.stack([(loss / run.ranks.world_size).float(), grad_norm.float(),
+                          *(s.float() for s in statistics.values())]).tolist()  # sync
+    record = dict(zip(names, values, strict=True))
+    if not math.isfinite(record["train/loss"]):
+        raise TrainingError(f"step {step}: the loss is {record['train/loss']}; resume from an "
+                            "earlier checkpoint with a lower learning_rate or longer warm-up")
+    record["lr"] = cosine_lr(run.config, step)
+    record["tokens"] = (step + 1) * run.config.tokens_per_step
+    record["tokens_per_second"] = clock.read()
+    device = run.ranks.device
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak:
+        record["mfu"] = (record["tokens_per_second"] * run.model.flops_per_token()
+                         / (peak * run.ranks.world_size))
+    return record
+
+
+def _seed_dropout(config: Config, purpose: str, step: int, row: int) -> None:
+    """Keys dropout by the first row, so that it is the same for any number of ranks."""
+    if config.dropout:
+        torch.manual_seed(keyed_seed(config.seed, purpose, step * config.total_batch_size + row))
+
+
+def _find_checkpoint(config: Config, out_dir: Path, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint to continue, None to start anew; the same on every rank."""
+    found = None
+    if config.init_from == "scratch":
+        if checkpoints.checkpoints(out_dir):
+            raise ConfigError(f"{out_dir} already holds checkpoints; continue them with "
+                              "--init_from=resume, or give another --out_dir", "out_dir")
+    else:
+        if ranks.is_main:
+            found = checkpoints.newest(out_dir)
+        found = same_on_all_ranks(found)
+        if found is None and config.init_from == "resume":
+            raise CheckpointError(f"{out_dir} holds no checkpoint to resume; check --out_dir, or "
+                                  "start with --init_from=scratch")
+    return found
+
+
+def _settle(config: Config, sources: dict[str, str], found: Checkpoint | None,
+            ranks: Ranks) -> Config:
+    """The config with the checkpoint's RUN_KEYS and "auto" resolved; refuses contradictions."""
+    values = {}
+    if found:
+        for key in RUN_KEYS:
+            saved = found.state["config"].get(key)
+            derived = key == "vocab_size" and config.vocab_size == 0
+            if key in sources and not derived and getattr(config, key) != saved:
+                raise CheckpointError(
+                    f"{found.folder} has {key} = {saved!r}, {sources[key]} asks for "
+                    f"{getattr(config, key)!r}; leave it out, or start anew with another --out_dir")
+            values[key] = saved
+    if config.dtype == "auto":
+        values["dtype"] = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    return changed(config, **values)
+
+
+def _fit_vocabulary(config: Config, sources: dict[str, str], data: Dataset) -> Config:
+    if config.vocab_size == 0:
+        return changed(config, vocab_size=-(-data.vocab_size // 64) * 64)
+    if config.vocab_size < data.vocab_size:
+        raise with_sources(ConfigError(
+            f"vocab_size = {config.vocab_size} is less than the {data.vocab_size} classes of "
+            f"{data.folder}; raise it or leave it out", "vocab_size"), sources)
+    return config
+
+
+def _restore(run: Run, found: Checkpoint) -> int:
+    """Loads parameters and optimizer state; the number of steps done."""
+    try:
+        run.model.load_state_dict(found.model_tensors())
+        checkpoints.restore_state(run.optimizer, found.optimizer_tensors())
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{found.folder} is a checkpoint of another model: "
+                              f"{str(error).splitlines()[0]}") from error
+    return found.state["step"]
+
+
+def _save(run: Run, data: Dataset, out_dir: Path, done: int) -> None:
+    state = dict(
+        format=1, step=done, config=as_dict(run.config), data=data.fingerprint,
+        tokenizer=data.tokenizer, num_classes=data.vocab_size, world_size=run.ranks.world_size,
+        versions=dict(python=platform.python_version(), torch=torch.__version__,
+                      numpy=np.__version__))
+    checkpoints.save(out_dir, run.model.state_dict(), checkpoints.flatten_state(run.optimizer),
+                     state, run.config.keep_checkpoints)
+
+
+def _announce(run: Run, data: Dataset, out_dir: Path) -> None:
+    """Prints and stores the resolved settings and what they make."""
+    config, ranks = run.config, run.ranks
+    settings = as_dict(config)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write to --out_dir={out_dir}: {error.strerror}; give "
+                              "another one") from error
+    listed = ", ".join(f"{k}={v}" for k, v in settings.items())
+    print(textwrap.fill(f"config: {listed}", 100, subsequent_indent="  ", break_long_words=False))
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device
+    print(f"model: {run.model.num_params(non_embedding=False):,} parameters, "
+          f"{run.model.flops_per_token() / 1e6:,.1f} MFLOP per token")
+    epoch = config.total_batch_size / run.batches.windows
+    print(f"run: {config.tokens_per_step:,} tokens per step, {config.max_iters:,} steps = "
+          f"{config.max_iters * epoch:,.2f} epochs of {data.folder}, {ranks.world_size} x {name}, "
+          f"{config.dtype}", flush=True)
+    if data.note:
+        print(f"note: {data.note}")
+
+
+def _wandb_settings(config: Config) -> dict | None:
+    if not config.wandb_log:
+        return None
+    return dict(project=config.wandb_project, config=as_dict(config), resume="allow",
+                name=config.wandb_run_name or Path(config.out_dir).name)
+
+
+def _farewell(run: Run, data: Dataset, out_dir: Path) -> None:
+    """A short sample and the commands to try next."""
+    if run.config.sample_tokens:
+        tokenizer = get_tokenizer(data.tokenizer)
+        start = torch.tensor([[tokenizer.eot_token]], device=run.ranks.device)
+        generator = torch.Generator(run.ranks.device).manual_seed(run.config.seed)
+        ids = run.model.generate(start, run.config.sample_tokens, temperature=0.8, top_k=200,
+                                 num_classes=data.vocab_size, generator=generator)
+        print(f"a sample:\n{tokenizer.decode(ids[0, 1:].tolist())}\n")
+    print(f"saved in {out_dir}; next:\n"
+          f"  python sample.py --out_dir={out_dir}\n"
+          f"  python train.py CONFIG --out_dir={out_dir} --init_from=resume "
+          f"--max_iters={2 * run.config.max_iters}", flush=True)
+
+
+def _on_this_rank(error: Exception) -> str:
+    rank = os.environ.get("RANK", "0")
+    return str(error) if rank == "0" else f"rank {rank}: {error}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

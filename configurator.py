@@ -91,13 +91,22 @@ class Config(Settings):
         False, "divide attention logits by the layer's index, from 1 (the paper: for AdamW and "
                "Lion at 355M and above)")
 
-    optimizer: Literal["adamw", "sophiag"] = knob("sophiag", "which one", section="optimizer")
+    optimizer: str = knob(
+        "sophiag", "adamw, lion, muon, adahessian, sophiag, sophiah; of the paper's Fig. 7 clip, "
+                   "normalize, ef_clip, ah_clip, gnb_unclipped", section="optimizer")
     learning_rate: float = knob(6e-4, "peak learning rate", above=0)
     beta1: float = knob(0.96, "decay of the gradient's moving average", low=0, below=1)
     beta2: float = knob(0.99, "decay of the curvature's (AdamW: of the squared gradient's)",
                         low=0, below=1)
     eps: float = knob(1e-12, "Sophia: floor of gamma*h; AdamW: added to the root", above=0)
     gamma: float = knob(0.05, "Sophia: a coordinate is unclipped where |m| < gamma*h", above=0)
+    hessian_bias_correction: bool = knob(
+        False, "beyond the paper: divide h by 1 - beta2^(number of estimates)")
+    gamma_target: float = knob(
+        0.0, "beyond the paper: fraction of coordinates that each tensor's own, controlled gamma "
+             "keeps unclipped; 0 = the fixed gamma", low=0, below=1)
+    gamma_rows: Literal["none", "embedding", "matrices"] = knob(
+        "none", "with gamma_target, which parameters have one gamma per row instead of per tensor")
     weight_decay: float = knob(0.2, "decoupled decay of matrices", low=0)
     grad_clip: float = knob(1.0, "global gradient norm limit; 0 = none", low=0)
     hessian_interval: int = knob(10, "k: between curvature estimates", unit="steps", low=1)
@@ -116,32 +125,25 @@ class Config(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
         "auto", "auto = bfloat16 autocast on CUDA, float32 elsewhere; float64 = everything, for "
                 "exactness checks")
-    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto = on CUDA only")
+    compile: Literal["auto", "on", "off"] = knob(
+        "auto", "torch.compile the model; auto = on CUDA only")
+    compile_optimizer: Literal["auto", "on", "off"] = knob(
+        "auto", "torch.compile Sophia's update; auto = on CUDA only")
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step over all ranks."""
         return self.total_batch_size * self.block_size
 
-    @property
-    def uses_curvature(self) -> bool:
-        """Whether the optimizer is handed curvature estimates (the hessian_* knobs matter)."""
-        return self.optimizer not in FIRST_ORDER
-
     def check(self) -> None:
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd = {self.n_embd} does not divide into n_head = "
                               f"{self.n_head} heads; choose n_embd a multiple of n_head",
                               "n_embd", "n_head")
-        if self.uses_curvature and self.hessian_batch_size > self.total_batch_size:
-            raise ConfigError(f"hessian_batch_size = {self.hessian_batch_size} is more than "
-                              f"total_batch_size = {self.total_batch_size}: the estimate uses "
-                              "rows of the same batch; lower it",
-                              "hessian_batch_size", "total_batch_size")
         self.check_world(1)
 
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError unless the batch and the estimate divide over `world_size` ranks."""
+        """Raises ConfigError unless the batch divides over `world_size` ranks."""
         rows = self.batch_size * world_size
         over = f" x {world_size} ranks" if world_size > 1 else ""
         if self.total_batch_size % rows:
@@ -149,22 +151,7 @@ class Config(Settings):
                 f"total_batch_size = {self.total_batch_size} is not a multiple of batch_size = "
                 f"{self.batch_size}{over}; {_nearby(self.total_batch_size, world_size)}",
                 "total_batch_size", "batch_size")
-        if not self.uses_curvature:
-            return
-        if self.hessian_batch_size % world_size:
-            raise ConfigError(f"hessian_batch_size = {self.hessian_batch_size} does not divide "
-                              f"over {world_size} ranks; choose a multiple",
-                              "hessian_batch_size")
-        if self.hessian_chunks > 1 and self.hessian_chunks % world_size:
-            raise ConfigError(f"hessian_chunks = {self.hessian_chunks} is neither 1 nor a multiple "
-                              f"of the {world_size} ranks; choose one", "hessian_chunks")
-        if self.hessian_batch_size % self.hessian_chunks:
-            raise ConfigError(f"hessian_batch_size = {self.hessian_batch_size} does not divide "
-                              f"into hessian_chunks = {self.hessian_chunks}; choose a divisor",
-                              "hessian_chunks", "hessian_batch_size")
 
-
-FIRST_ORDER = ("adamw",)
 
 # What users of nanoGPT and of the authors' code look for, and where it is here.
 RENAMED = {

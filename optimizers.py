@@ -1,28 +1,34 @@
-"""Decay groups, the cosine schedule, and (optimizer, estimator) by name.
+"""Decay groups, the cosine schedule, the baselines, and (optimizer, estimator) by name.
 
-Adding an optimizer is an entry in BUILDERS and a config; train.py stays as it is.
+Adding an optimizer is an entry in OPTIMIZERS and a config; train.py stays as it is.
 """
 
+import difflib
 import math
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from configurator import Config
-from sophia import Sophia, gauss_newton_bartlett
+from configurator import Config, ConfigError
+from sophia import Sophia, empirical_fisher, gauss_newton_bartlett, hutchinson
+
+Reduce = Callable[[list[Tensor]], None] | None  # sums tensors over ranks, in place
 
 
-class Estimator(Protocol):
-    """Curvature estimates for the optimizer's parameters, at the current ones."""
+class Estimator(NamedTuple):
+    """Curvature estimates for the optimizer's parameters, at the current ones.
 
-    def __call__(self, logits: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor,
-                 first_row: int, seed: int) -> list[Tensor]:
-        """`logits` maps ids (b, T) to (b, T, V); `inputs` and `targets` (rows, T) are this rank's
-        rows, the first of which is row `first_row` of the step's batch; `seed` depends on the step
-        alone."""
+    `estimate(forward, inputs, targets, first_row, seed)` gives one tensor per parameter.
+    `forward` maps ids (b, T) to logits (b, T, V); `inputs` and `targets` (rows, T) are this rank's
+    rows, the first of which is row `first_row` of the step's batch; `seed` depends on the step
+    alone.
+    """
+
+    estimate: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, int, int], list[Tensor]]
+    second_derivatives: bool = False  # `forward` must not be compiled
 
 
 class Training(NamedTuple):
@@ -33,22 +39,56 @@ class Training(NamedTuple):
 
 
 def build(config: Config, model: nn.Module, *, num_classes: int,
-          all_reduce: Callable[[list[Tensor]], None] | None = None) -> Training:
+          all_reduce: Reduce = None) -> Training:
     """The optimizer that `config.optimizer` names, on the model's parameters, and its estimator.
 
     `num_classes` is the number of real classes among the logits. `all_reduce` sums tensors over
     ranks in place.
     """
-    groups = decay_groups(model, config.weight_decay)
-    return BUILDERS[config.optimizer](config, groups, num_classes=num_classes,
-                                      all_reduce=all_reduce)
+    entry = OPTIMIZERS[config.optimizer]
+    optimizer = entry.build(config, parameter_groups(model, config))
+    if entry.estimator is None:
+        return Training(optimizer, None)
+    return Training(optimizer, entry.estimator(config, optimizer.parameters(), num_classes,
+                                               all_reduce))
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay; biases and layer norms do not. Each parameter once."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-            dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+def check(config: Config, world_size: int) -> None:
+    """Raises ConfigError unless the optimizer is known and its estimate divides over the ranks."""
+    if config.optimizer not in OPTIMIZERS:
+        near = difflib.get_close_matches(config.optimizer, OPTIMIZERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"optimizer = {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}"
+                          f"{hint}", "optimizer")
+    if OPTIMIZERS[config.optimizer].estimator is None:
+        return
+    rows, chunks = config.hessian_batch_size, config.hessian_chunks
+    if rows > config.total_batch_size:
+        raise ConfigError(f"hessian_batch_size = {rows} is more than total_batch_size = "
+                          f"{config.total_batch_size}: the estimate uses rows of the same batch; "
+                          "lower it", "hessian_batch_size", "total_batch_size")
+    if rows % world_size:
+        raise ConfigError(f"hessian_batch_size = {rows} does not divide over {world_size} ranks; "
+                          "choose a multiple", "hessian_batch_size")
+    if chunks > 1 and chunks % world_size:
+        raise ConfigError(f"hessian_chunks = {chunks} is neither 1 nor a multiple of the "
+                          f"{world_size} ranks; choose one", "hessian_chunks")
+    if rows % chunks:
+        raise ConfigError(f"hessian_batch_size = {rows} does not divide into hessian_chunks = "
+                          f"{chunks}; choose a divisor", "hessian_chunks", "hessian_batch_size")
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
+    """Param groups by kind: embeddings, matrices, vectors. Vectors do not decay. Each once."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    kinds: dict[str, list[Tensor]] = dict(embedding=[], matrix=[], vector=[])
+    for p in model.parameters():
+        if p.requires_grad:
+            kinds["embedding" if id(p) in embeddings else "matrix" if p.dim() >= 2
+                  else "vector"].append(p)
+    return [dict(params=params, kind=kind,
+                 weight_decay=0.0 if kind == "vector" else config.weight_decay)
+            for kind, params in kinds.items()]
 
 
 def cosine_lr(config: Config, step: int) -> float:
@@ -61,35 +101,313 @@ def cosine_lr(config: Config, step: int) -> float:
     return config.learning_rate * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _adamw(config: Config, groups: list[dict], **_) -> Training:
-    device = groups[0]["params"][0].device
-    return Training(torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps,
-        fused=device.type in ("cuda", "cpu")), None)
+# The estimators, on the rows and labels that are the same for any number of ranks. ---------------
 
 
-def _sophiag(config: Config, groups: list[dict], *, num_classes, all_reduce) -> Training:
-    optimizer = Sophia(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                       gamma=config.gamma, eps=config.eps)
-    return Training(optimizer, gnb_estimator(config, optimizer.parameters(), num_classes,
-                                             all_reduce))
+def _chunk_size(config: Config) -> int | None:
+    chunks = config.hessian_chunks
+    return config.hessian_batch_size // chunks if chunks > 1 else None
 
 
 def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
-                  all_reduce: Callable[[list[Tensor]], None] | None) -> Estimator:
-    """Gauss-Newton-Bartlett with labels that are the same for any number of ranks."""
-    chunk_size = (config.hessian_batch_size // config.hessian_chunks
-                  if config.hessian_chunks > 1 else None)
-
-    def estimate(logits, inputs, targets, first_row, seed) -> list[Tensor]:
+                  all_reduce: Reduce) -> Estimator:
+    """Gauss-Newton-Bartlett (Algorithm 2)."""
+    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(config.hessian_batch_size, targets.size(1), generator=generator)
         return gauss_newton_bartlett(
-            logits, inputs, params, uniforms=uniforms[first_row:first_row + len(inputs)],
-            mask=targets != -100, num_classes=num_classes, chunk_size=chunk_size,
+            forward, inputs, params, uniforms=uniforms[first_row:first_row + len(inputs)],
+            mask=targets != -100, num_classes=num_classes, chunk_size=_chunk_size(config),
             micro_batch_size=config.batch_size, all_reduce=all_reduce)
 
-    return estimate
+    return Estimator(estimate)
 
 
-BUILDERS: dict[str, Callable[..., Training]] = {"adamw": _adamw, "sophiag": _sophiag}
+def empirical_fisher_estimator(config: Config, params: list[Tensor], num_classes: int,
+                               all_reduce: Reduce) -> Estimator:
+    """n times the squared gradient on the true labels (E-F of Fig. 7)."""
+    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
+        return empirical_fisher(forward, inputs, targets, params, chunk_size=_chunk_size(config),
+                                micro_batch_size=config.batch_size, all_reduce=all_reduce)
+
+    return Estimator(estimate)
+
+
+def hutchinson_estimator(config: Config, params: list[Tensor], num_classes: int,
+                         all_reduce: Reduce) -> Estimator:
+    """Hutchinson (Algorithm 1) on the mean loss; one probe, the same on all ranks."""
+    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
+        def summed_loss(rows: slice) -> Tensor:
+            logits = forward(inputs[rows]).flatten(0, 1)  # (n, V)
+            return nn.functional.cross_entropy(logits, targets[rows].flatten(), reduction="sum")
+
+        starts = range(0, len(inputs), config.batch_size)
+        hhat = hutchinson(
+            [lambda s=s: summed_loss(slice(s, s + config.batch_size)) for s in starts], params,
+            generator=torch.Generator(params[0].device).manual_seed(seed))
+        count = (targets != -100).sum()
+        if all_reduce is not None:
+            all_reduce([*hhat, count])
+        torch._foreach_div_(hhat, count.to(hhat[0].dtype).clamp_min(1))
+        return hhat
+
+    return Estimator(estimate, second_derivatives=True)
+
+
+# The baselines and ablations. --------------------------------------------------------------------
+
+
+class Lion(torch.optim.Optimizer):
+    """Evolved sign momentum (Chen et al. 2023, arXiv:2302.06675, Algorithm 2):
+
+        c = beta1 m + (1 - beta1) g;  theta -= lr (sign(c) + weight_decay theta)
+        m = beta2 m + (1 - beta2) g
+
+    State, in float32 (float64 for float64 parameters): `exp_avg` (m).
+    """
+
+    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.95, 0.98),
+                 weight_decay: float = 0.2):
+        _require(type(self), lr=(lr, lr >= 0), weight_decay=(weight_decay, weight_decay >= 0),
+                 betas=(betas, all(0 <= b < 1 for b in betas)))
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from `.grad`; returns closure's loss."""
+        loss = _evaluate(closure)
+        for group, p in _with_gradient(self):
+            m = _momentum(self.state[p], p)
+            g, (beta1, beta2), lr = p.grad.to(m.dtype), group["betas"], group["lr"]
+            direction = m.lerp(g, 1 - beta1).sign_()
+            p.copy_(p.to(m.dtype) * (1 - lr * group["weight_decay"]) - lr * direction)
+            m.lerp_(g, 1 - beta2)
+        return loss
+
+
+class Normalize(torch.optim.Optimizer):
+    """Momentum divided by its root mean square over all parameters (Normalize of Fig. 7c).
+
+    theta -= lr m / rms(m), after decoupled decay. The paper gives no scale; the root mean square
+    makes the typical coordinate move lr, as clipping does.
+    """
+
+    def __init__(self, params, lr: float = 4e-4, beta1: float = 0.96, weight_decay: float = 0.2):
+        _require(type(self), lr=(lr, lr >= 0), beta1=(beta1, 0 <= beta1 < 1),
+                 weight_decay=(weight_decay, weight_decay >= 0))
+        super().__init__(params, dict(lr=lr, beta1=beta1, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from `.grad`; returns closure's loss."""
+        loss = _evaluate(closure)
+        used = [(group, p, _momentum(self.state[p], p)) for group, p in _with_gradient(self)]
+        if not used:
+            return loss
+        for group, p, m in used:
+            m.lerp_(p.grad.to(m.dtype), 1 - group["beta1"])
+        squares = torch.stack([m.square().sum() for _, _, m in used]).sum()
+        rms = (squares / sum(m.numel() for _, _, m in used)).sqrt() + 1e-12
+        for group, p, m in used:
+            decay = 1 - group["lr"] * group["weight_decay"]
+            p.copy_(p.to(m.dtype) * decay - group["lr"] * (m / rms))
+        return loss
+
+
+class AdaHessian(Sophia):
+    """Adam with the squared Hutchinson estimate (Yao et al., arXiv:2006.00719), as the paper runs
+    it, without spatial averaging:
+
+        m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) hhat^2 at each estimate
+        theta -= lr mhat / (sqrt(vhat) + eps), after decoupled decay
+
+    mhat counts steps, vhat estimates. State: `exp_avg` (m), `hessian` (v), `steps`, `estimates`.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.92, 0.99),
+                 eps: float = 1e-8, weight_decay: float = 0.1):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def _curvature(self, hhat: Tensor) -> Tensor:
+        return hhat * hhat
+
+    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+        m, v, (beta1, beta2) = state["exp_avg"], state["hessian"], group["betas"]
+        state["steps"] = state.get("steps", torch.zeros_like(state["estimates"])) + 1
+        m.lerp_(p.grad.to(m.dtype), 1 - beta1)
+        m_hat = m / (1 - beta1 ** state["steps"].item())
+        v_hat = v / (1 - beta2 ** max(1, state["estimates"].item()))
+        _move(p, m_hat / (v_hat.sqrt() + group["eps"]), group)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """`Sophia.statistics` without what concerns clipping."""
+        return _without_clipping(super().statistics())
+
+
+class AdaHessianClip(Sophia):
+    """AdaHessian's curvature under Sophia's clipping (AH+clip of Fig. 7b):
+
+    clip(m / max(gamma sqrt(v), eps), -1, 1) with v the average of hhat^2.
+    """
+
+    def _curvature(self, hhat: Tensor) -> Tensor:
+        return hhat * hhat
+
+    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+        m = state["exp_avg"].lerp_(p.grad.to(state["exp_avg"].dtype), 1 - group["betas"][0])
+        floor = (group["gamma"] * state["hessian"].sqrt()).clamp_min_(group["eps"])
+        _move(p, (m / floor).clamp_(-1, 1), group)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """`Sophia.statistics` without what concerns clipping."""
+        return _without_clipping(super().statistics())
+
+
+class SophiaUnclipped(Sophia):
+    """Sophia without the clip (GNB of Fig. 7c): m / max(gamma h, eps)."""
+
+    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+        m = state["exp_avg"].lerp_(p.grad.to(state["exp_avg"].dtype), 1 - group["betas"][0])
+        _move(p, m / (group["gamma"] * state["hessian"]).clamp_min_(group["eps"]), group)
+
+
+class Chained(torch.optim.Optimizer):
+    """Several optimizers as one: shared param groups and state, so that it saves like any other."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every part; returns closure's loss."""
+        loss = _evaluate(closure)
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores `state_dict()`."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+def _without_clipping(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = ("hessian_norm", "momentum_norm", "parameter_norm")
+    return {key: value for key, value in statistics.items() if key in kept}
+
+
+def _move(p: Tensor, update: Tensor, group: dict) -> None:
+    """Decoupled decay, then -lr * update, in the update's precision."""
+    lr = group["lr"]
+    p.copy_(p.to(update.dtype) * (1 - lr * group["weight_decay"]) - lr * update)
+
+
+def _momentum(state: dict, p: Tensor) -> Tensor:
+    if "exp_avg" not in state:
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
+    return state["exp_avg"]
+
+
+def _with_gradient(optimizer: torch.optim.Optimizer) -> Iterable[tuple[dict, Tensor]]:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                if p.grad.is_sparse:
+                    raise RuntimeError(f"{type(optimizer).__name__} does not take sparse gradients")
+                yield group, p
+
+
+def _evaluate(closure):
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _require(cls: type, **values: tuple[object, bool]) -> None:
+    for name, (value, legal) in values.items():
+        if not legal:
+            raise ValueError(f"{cls.__name__}: {name} = {value} is out of range")
+
+
+# Names. ------------------------------------------------------------------------------------------
+
+
+def _adamw(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    device = groups[1]["params"][0].device.type
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             eps=config.eps, fused=device in ("cuda", "cpu"))
+
+
+def _lion(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    return Lion(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+
+
+def _muon(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"optimizer = muon is not in torch {torch.__version__}; use torch 2.9 "
+                          "or newer", "optimizer")
+    hidden = [group for group in groups if group["kind"] == "matrix"]
+    rest = [group for group in groups if group["kind"] != "matrix"]
+    # Scaled so that its updates are as large as AdamW's, and one learning rate serves both.
+    muon = torch.optim.Muon(hidden, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw",
+                            weight_decay=config.weight_decay)
+    return Chained([muon, torch.optim.AdamW(rest, lr=config.learning_rate, eps=config.eps,
+                                            betas=(config.beta1, config.beta2))])
+
+
+def _normalize(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    return Normalize(groups, lr=config.learning_rate, beta1=config.beta1)
+
+
+def _adahessian(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    return AdaHessian(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                      eps=config.eps)
+
+
+def _sophia(cls: type[Sophia]) -> Callable[[Config, list[dict]], torch.optim.Optimizer]:
+    rows = dict(none=(), embedding=("embedding",), matrices=("embedding", "matrix"))
+
+    def make(config: Config, groups: list[dict]) -> Sophia:
+        device = groups[1]["params"][0].device.type
+        compiled = config.compile_optimizer
+        for group in groups:
+            group["gamma_rows"] = group["kind"] in rows[config.gamma_rows]
+        return cls(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                   gamma=config.gamma, eps=config.eps, gamma_target=config.gamma_target,
+                   bias_correction=config.hessian_bias_correction,
+                   compiled=compiled == "on" or (compiled == "auto" and device == "cuda"))
+
+    return make
+
+
+class Entry(NamedTuple):
+    """How an optimizer is built, and the estimator that feeds it (None: it takes no curvature)."""
+
+    build: Callable[[Config, list[dict]], torch.optim.Optimizer]
+    estimator: Callable[[Config, list[Tensor], int, Reduce], Estimator] | None = None
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "adamw": Entry(_adamw),
+    "lion": Entry(_lion),
+    "muon": Entry(_muon),
+    "adahessian": Entry(_adahessian, hutchinson_estimator),
+    "sophiag": Entry(_sophia(Sophia), gnb_estimator),
+    "sophiah": Entry(_sophia(Sophia), hutchinson_estimator),
+    # Fig. 7 of the paper
+    "clip": Entry(_sophia(Sophia)),  # without an estimate h stays 0: sign momentum
+    "normalize": Entry(_normalize),
+    "ef_clip": Entry(_sophia(Sophia), empirical_fisher_estimator),
+    "ah_clip": Entry(_sophia(AdaHessianClip), hutchinson_estimator),
+    "gnb_unclipped": Entry(_sophia(SophiaUnclipped), gnb_estimator),
+}

@@ -1,10 +1,11 @@
 """Sophia: clipped momentum preconditioned by a running estimate of the Hessian's diagonal.
 
 Source: Liu, Li, Hall, Liang, Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for Language
-Model Pre-training", arXiv:2305.14342. `Sophia` is Algorithm 3, `gauss_newton_bartlett` Algorithm 2.
-One file that needs torch alone; it knows nothing of models, schedules or ranks. Use:
+Model Pre-training", arXiv:2305.14342. `Sophia` is Algorithm 3, `hutchinson` Algorithm 1,
+`gauss_newton_bartlett` Algorithm 2. One file that needs torch alone; it knows nothing of models,
+schedules or ranks. Use:
 
-    optimizer = Sophia(model.parameters(), lr=4e-4)
+    optimizer = SophiaG(model.parameters(), lr=4e-4)
     for t, (x, y) in enumerate(batches):
         if t % 10 == 0:                         # k = 10; before the gradient of the same step
             optimizer.update_hessian(gauss_newton_bartlett(model, x, optimizer.parameters()))
@@ -17,11 +18,18 @@ Names: the paper's gamma is called rho in the authors' code, which divides by rh
 is the number of label positions, here a factor of the estimate itself.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Of the controlled gamma: weight of the past, coordinates looked at per tensor and per row.
+CONTROL_MEMORY, CONTROL_SAMPLE, CONTROL_SAMPLE_ROW = 0.8, 65_536, 64
 
 
 class Sophia(torch.optim.Optimizer):
@@ -41,19 +49,32 @@ class Sophia(torch.optim.Optimizer):
         gamma: larger values clip fewer coordinates; the paper tunes it until 10-50 % are unclipped.
         eps: floor of gamma * h, not added to it.
         weight_decay: decoupled, times lr.
+        compiled: run the update through torch.compile, one kernel per tensor; same numbers to
+            rounding.
 
-    State, in float32 (float64 for float64 parameters): `exp_avg` (m), `hessian` (h).
-    Raises ValueError naming the value that is out of range; RuntimeError on sparse gradients.
+    Not in the paper, off by default:
+        bias_correction: divide h by 1 - beta2^(number of estimates).
+        gamma_target: above 0, each parameter tensor has its own gamma in place of `gamma`, set
+            after every estimate so that this fraction of it is unclipped (`control_gamma`).
+        gamma_rows: with gamma_target, one gamma per row of a matrix instead of one per tensor.
+
+    State, in float32 (float64 for float64 parameters): `exp_avg` (m), `hessian` (h), `estimates`
+    (their number, on the CPU), and under gamma_target `gamma`, shape (rows, 1, ...) or (). Raises
+    ValueError naming the value that is out of range; RuntimeError on sparse gradients.
     """
 
     def __init__(self, params, lr: float = 4e-4, betas: tuple[float, float] = (0.96, 0.99),
-                 gamma: float = 0.05, eps: float = 1e-12, weight_decay: float = 0.2):
-        super().__init__(params, dict(lr=lr, betas=betas, gamma=gamma, eps=eps,
-                                      weight_decay=weight_decay))
+                 gamma: float = 0.05, eps: float = 1e-12, weight_decay: float = 0.2, *,
+                 compiled: bool = False, bias_correction: bool = False, gamma_target: float = 0.0,
+                 gamma_rows: bool = False):
+        self._estimated = False  # an estimate came since the last step
+        super().__init__(params, dict(
+            lr=lr, betas=betas, gamma=gamma, eps=eps, weight_decay=weight_decay, compiled=compiled,
+            bias_correction=bias_correction, gamma_target=gamma_target, gamma_rows=gamma_rows))
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group as torch's optimizers do; raises ValueError on values out of range."""
-        _check_group(self.defaults | param_group)
+        _check_group(type(self).__name__, self.defaults | param_group)
         super().add_param_group(param_group)
 
     def parameters(self) -> list[Tensor]:
@@ -70,18 +91,21 @@ class Sophia(torch.optim.Optimizer):
         if len(estimates) != len(self.parameters()):
             raise ValueError(f"update_hessian got {len(estimates)} estimates for "
                              f"{len(self.parameters())} parameters; give one each, in the order of "
-                             "Sophia.parameters()")
+                             "parameters()")
+        for p, hhat in zip(self.parameters(), estimates, strict=True):
+            if hhat is not None and hhat.shape != p.shape:
+                raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} for "
+                                 f"a parameter of shape {tuple(p.shape)}")
         remaining = iter(estimates)
         for group in self.param_groups:
             for p in group["params"]:
                 hhat = next(remaining)
-                if hhat is None:
-                    continue
-                if hhat.shape != p.shape:
-                    raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} "
-                                     f"for a parameter of shape {tuple(p.shape)}")
-                h = self._state(p)["hessian"]
-                h.lerp_(hhat.to(h.dtype), 1 - group["betas"][1])
+                if hhat is not None:
+                    state = self._state(p)
+                    state["estimates"] += 1
+                    h = state["hessian"]
+                    h.lerp_(self._curvature(hhat.to(h.dtype)), 1 - group["betas"][1])
+        self._estimated = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -98,33 +122,66 @@ class Sophia(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
-                    raise RuntimeError("Sophia does not take sparse gradients; make the embedding "
-                                       "with sparse=False")
+                    raise RuntimeError(f"{type(self).__name__} does not take sparse gradients; "
+                                       "make the embedding with sparse=False")
                 state = self._state(p)
-                sophia_update(p, p.grad, state["exp_avg"], state["hessian"], lr=group["lr"],
-                              beta1=group["betas"][0], gamma=group["gamma"], eps=group["eps"],
-                              weight_decay=group["weight_decay"])
+                if group["gamma_target"] and self._estimated:
+                    state["gamma"] = control_gamma(
+                        state.get("gamma"), p.grad, state["exp_avg"], state["hessian"],
+                        beta1=group["betas"][0], target=group["gamma_target"],
+                        rows=group["gamma_rows"] and p.dim() >= 2)
+                self._update(p, state, group)
+        self._estimated = False
         return loss
+
+    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+        m, h, gamma = state["exp_avg"], state["hessian"], _gamma(state, group)
+        rest = (group["lr"], 1 - group["lr"] * group["weight_decay"], group["betas"][0],
+                group["eps"])
+        if group["compiled"]:
+            _run_compiled(p, p.grad, m, h, gamma, *rest)
+        else:
+            sophia_update(p, p.grad, m, h, gamma, *rest)
+
+    def _curvature(self, hhat: Tensor) -> Tensor:
+        """What h averages."""
+        return hhat
 
     @torch.no_grad()
     def statistics(self) -> dict[str, Tensor]:
-        """Diagnostics of the last step as 0-dim tensors on the parameters' device (no sync).
+        """Diagnostics of the last step, 0-dim tensors on the parameters' device (no host sync).
 
-        `unclipped_fraction`: share of coordinates with |m| < max(gamma h, eps); `hessian_norm` and
-        `momentum_norm`: 2-norms of h and m over all parameters.
+        `unclipped_fraction`: share of coordinates with |m| < max(gamma h, eps), over all, and as
+        `unclipped/KIND` over the groups that carry a `kind`. `hessian_norm`, `momentum_norm`,
+        `update_norm`, `parameter_norm`: 2-norms over all. `hessian_floor_fraction`: share with
+        h <= eps. `gamma`: geometric mean, under gamma_target.
         """
-        groups = [(group, self.state[p]) for group in self.param_groups
-                  for p in group["params"] if p in self.state]
-        if not groups:
+        seen = [(group, p, self.state[p]) for group in self.param_groups for p in group["params"]
+                if p in self.state]
+        if not seen:
             return {}
-        unclipped = [(s["exp_avg"].abs() < (group["gamma"] * s["hessian"]).clamp_min(group["eps"]))
-                     .sum() for group, s in groups]
-        count = sum(s["exp_avg"].numel() for _, s in groups)
-        return {
+        unclipped, floor, updates, kinds, gammas = [], [], [], {}, []
+        for group, p, state in seen:
+            m, h = state["exp_avg"], state["hessian"]
+            denominator = (_gamma(state, group) * h).clamp_min_(group["eps"])
+            unclipped.append((m.abs() < denominator).sum())
+            updates.append((m / denominator).clamp_(-1, 1).norm() * group["lr"])
+            floor.append((h <= group["eps"]).sum())
+            kinds.setdefault(group.get("kind"), []).append((unclipped[-1], p.numel()))
+            if "gamma" in state:
+                gammas.append(state["gamma"].log().mean())
+        count = sum(p.numel() for _, p, _ in seen)
+        found = {
             "unclipped_fraction": torch.stack(unclipped).sum() / count,
-            "hessian_norm": _norm([s["hessian"] for _, s in groups]),
-            "momentum_norm": _norm([s["exp_avg"] for _, s in groups]),
+            **{f"unclipped/{kind}": torch.stack([c for c, _ in of]).sum() / sum(n for _, n in of)
+               for kind, of in kinds.items() if kind},
+            "hessian_norm": _norm([state["hessian"] for _, _, state in seen]),
+            "momentum_norm": _norm([state["exp_avg"] for _, _, state in seen]),
+            "update_norm": torch.linalg.vector_norm(torch.stack(updates)),
+            "parameter_norm": _norm([p.detach() for _, p, _ in seen]),
+            "hessian_floor_fraction": torch.stack(floor).sum() / count,
         }
+        return found | ({"gamma": torch.stack(gammas).mean().exp()} if gammas else {})
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores `state_dict()`, keeping the state's own precision under bf16 parameters."""
@@ -133,7 +190,8 @@ class Sophia(torch.optim.Optimizer):
         order = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(order, self.parameters(), strict=True):
             for name, value in saved.get(i, {}).items():
-                self.state[p][name] = value.to(p.device, _wide_dtype(p), copy=True)
+                place = "cpu" if name == "estimates" else p.device
+                self.state[p][name] = value.to(place, _wide_dtype(p), copy=True)
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]
@@ -141,16 +199,132 @@ class Sophia(torch.optim.Optimizer):
             for name in ("exp_avg", "hessian"):
                 state[name] = torch.zeros_like(p, dtype=_wide_dtype(p),
                                                memory_format=torch.preserve_format)
+            state["estimates"] = torch.zeros((), dtype=_wide_dtype(p))
         return state
 
 
-def sophia_update(p: Tensor, g: Tensor, m: Tensor, h: Tensor, *, lr, beta1: float, gamma: float,
-                  eps: float, weight_decay: float) -> None:
-    """The update rule, in place on parameter p and momentum m; all tensors of one shape."""
+class SophiaG(Sophia):
+    """Sophia as the paper runs it with `gauss_newton_bartlett`: gamma .05, 240 examples, k = 10."""
+
+
+class SophiaH(Sophia):
+    """Sophia as the paper runs it with `hutchinson`: gamma .01, 32 examples, k = 10."""
+
+    def __init__(self, params, lr: float = 4e-4, betas: tuple[float, float] = (0.96, 0.99),
+                 gamma: float = 0.01, eps: float = 1e-12, weight_decay: float = 0.2, **options):
+        super().__init__(params, lr, betas, gamma, eps, weight_decay, **options)
+
+
+def sophia_update(p: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, decay, beta1: float,
+                  eps: float) -> None:
+    """The update rule, in place on p and m. `decay` is 1 - lr * weight_decay.
+
+    p, g, m, h have one shape; gamma is a number or a tensor that broadcasts; lr and decay are
+    numbers or 0-dim tensors (so that a compiled version serves every step).
+    """
     m.lerp_(g.to(m.dtype), 1 - beta1)
-    update = m / (gamma * h).clamp_min_(eps)
-    update.clamp_(-1, 1)
-    p.copy_(p.to(m.dtype) * (1 - lr * weight_decay) - lr * update)
+    update = h * gamma
+    update = torch.div(m, update.clamp_min_(eps), out=update).clamp_(-1, 1)
+    wide = p.to(m.dtype)  # p itself unless its precision is lower
+    wide.mul_(decay).sub_(update.mul_(lr))
+    if wide is not p:
+        p.copy_(wide)
+
+
+@cache
+def _compiled_update():
+    return torch.compile(sophia_update, dynamic=True)
+
+
+def _run_compiled(p, g, m, h, gamma, lr, decay, beta1: float, eps: float) -> None:
+    """sophia_update through one compiled function for tensors of all sizes and all steps."""
+    if not isinstance(gamma, Tensor):
+        gamma = torch.tensor(gamma, dtype=torch.float64)
+    tensors = (p.detach(), g, m, h)
+    if gamma.dim() == 0 and all(x.is_contiguous() for x in tensors):
+        tensors = tuple(x.view(-1) for x in tensors)
+    lr, decay = (torch.as_tensor(x, dtype=torch.float64) for x in (lr, decay))
+    _compiled_update()(*tensors, gamma, lr, decay, beta1, eps)
+
+
+def control_gamma(old: Tensor | None, g: Tensor, m: Tensor, h: Tensor, *, beta1: float,
+                  target: float, rows: bool) -> Tensor:
+    """The gamma under which a fraction `target` of the coming step's coordinates is unclipped.
+
+    It is the target-quantile of |m| / h over coordinates with positive h, m as the coming step will
+    have it, averaged in the logarithm with the `old` one. A sample of coordinates serves: the cost
+    does not grow with the tensor. h's missing bias correction cancels. One per tensor, shape (), or
+    with `rows` one per row, shape (rows, 1, ...). 0 until there has been a positive curvature.
+    """
+    shape = (-1, *[1] * (g.dim() - 1)) if rows else ()
+    if rows:
+        g, m, h = (_every(x.flatten(1), CONTROL_SAMPLE_ROW) for x in (g, m, h))  # (rows, n)
+    else:
+        g, m, h = (_every(x.reshape(1, -1), CONTROL_SAMPLE) for x in (g, m, h))  # (1, n)
+    ratio = torch.where(h > 0, m.lerp(g.to(m.dtype), 1 - beta1).abs() / h, math.inf)
+    positive = (h > 0).sum(dim=1, keepdim=True)
+    place = (target * positive).ceil().long().sub_(1).clamp_min_(0)
+    new = ratio.sort(dim=1).values.gather(1, place).view(shape)
+    if old is None:
+        old = torch.zeros_like(new)
+    smooth = torch.exp(CONTROL_MEMORY * old.log() + (1 - CONTROL_MEMORY) * new.log())
+    usable = torch.isfinite(new) & (new > 0)
+    return torch.where(usable, torch.where(old > 0, smooth, new), old)
+
+
+def _every(x: Tensor, limit: int) -> Tensor:
+    """At most `limit` evenly spaced columns of (rows, n)."""
+    return x[:, ::-(-x.size(1) // limit)]
+
+
+def _gamma(state: dict, group: dict):
+    """What multiplies h: a number or a tensor that broadcasts."""
+    gamma = state.get("gamma", group["gamma"])
+    count = state["estimates"].item() if group["bias_correction"] else 0  # on the CPU: no sync
+    return gamma / (1 - group["betas"][1] ** count) if count else gamma
+
+
+def hutchinson(losses: Iterable[Callable[[], Tensor]], params: Sequence[Tensor], *,
+               generator: torch.Generator | None = None) -> list[Tensor]:
+    """Hutchinson's estimate of the Hessian's diagonal (Algorithm 1): one tensor per param.
+
+    hhat = u * (H u) with u ~ N(0, I); its expectation is diag(H), which may be negative. `.grad` is
+    neither read nor written.
+
+    Args:
+        losses: functions that each compute a scalar; H is the Hessian of their sum. Give one per
+            micro-batch: each is differentiated twice and freed before the next is called.
+        params: what to differentiate by, usually `optimizer.parameters()`.
+        generator: of u, on the params' device. Ranks that average their results must use one seed.
+
+    Attention inside runs on the math kernel, the only one with a second derivative. Raises
+    RuntimeError where the loss has none (a fused kernel forced inside, a compiled module).
+    """
+    params = list(params)
+    u = [torch.randn(p.shape, generator=generator, device=p.device, dtype=_wide_dtype(p))
+         for p in params]
+    total = [torch.zeros_like(x) for x in u]
+    for loss in losses:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            try:
+                gradient = torch.autograd.grad(loss(), params, create_graph=True,
+                                               materialize_grads=True, allow_unused=True)
+                slope = sum((g * x).sum() for g, x in zip(gradient, u, strict=True))
+                product = torch.autograd.grad(slope, params, materialize_grads=True,
+                                              allow_unused=True)
+            except RuntimeError as error:
+                if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
+                    raise
+                raise RuntimeError("hutchinson needs second derivatives, which fused attention "
+                                   "kernels and torch.compile do not have: give it the uncompiled "
+                                   "module, without a forced attention kernel") from error
+        torch._foreach_add_(total, [x.to(t.dtype) for x, t in zip(product, total, strict=True)])
+    torch._foreach_mul_(total, u)
+    return total
+
+
+_NO_SECOND_DERIVATIVE = ("derivative for aten::", "is not implemented", "double backward",
+                         "does not support", "No available kernel")
 
 
 def gauss_newton_bartlett(
@@ -161,6 +335,7 @@ def gauss_newton_bartlett(
     uniforms: Tensor | None = None,
     mask: Tensor | None = None,
     num_classes: int | None = None,
+    likelihood: Literal["categorical", "gaussian"] = "categorical",
     chunk_size: int | None = None,
     micro_batch_size: int | None = None,
     all_reduce: Callable[[list[Tensor]], None] | None = None,
@@ -177,9 +352,12 @@ def gauss_newton_bartlett(
         inputs: (rows, ...).
         params: what to differentiate by, usually `optimizer.parameters()`.
         uniforms: numbers in [0, 1), one per label position (the logits' shape without V); drawn
-            from torch's global generator when None.
+            from torch's global generator when None. For "gaussian" standard normal numbers, of the
+            outputs' whole shape.
         mask: booleans like `uniforms`; False positions have no label (padding, ignored targets).
         num_classes: only the first so many classes are drawn (the rest of V is padding).
+        likelihood: "categorical" for cross-entropy; "gaussian" for half the squared error summed
+            over V, where the outputs are means of unit variance (the paper, section 2.3).
         chunk_size: rows squared together. None: all rows of all ranks in one square, the paper's
             way. Otherwise hhat = sum_c S_c * S_c / n over chunks c of so many rows: the same
             expectation, and with C chunks a relative deviation of sqrt(2/C) instead of sqrt(2).
@@ -188,17 +366,62 @@ def gauss_newton_bartlett(
 
     Raises ValueError without rows. Where no position is left to label, hhat is 0.
     """
+    sampled_loss = dict(categorical=_categorical_loss, gaussian=_gaussian_loss)[likelihood]
+
+    def summed_loss(rows: slice) -> tuple[Tensor, Tensor]:
+        outputs = model(inputs[rows])
+        outputs = outputs.reshape(-1, outputs.size(-1))  # (n, V)
+        noise = None if uniforms is None else uniforms[rows].to(outputs.device)
+        kept = None if mask is None else mask[rows].reshape(-1).to(outputs.device)
+        return sampled_loss(outputs, noise, kept, num_classes)
+
+    return _squared_gradients(summed_loss, len(inputs), params, chunk_size, micro_batch_size,
+                              all_reduce)
+
+
+def empirical_fisher(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor,
+                     params: Sequence[Tensor], *, chunk_size: int | None = None,
+                     micro_batch_size: int | None = None,
+                     all_reduce: Callable[[list[Tensor]], None] | None = None) -> list[Tensor]:
+    """n * g * g for the gradient g of the mean cross-entropy on the true labels (E-F of Fig. 7).
+
+    Not an estimate of the Gauss-Newton diagonal; the paper's ablation of it. `targets` are class
+    ids of the shape of the logits without V, -100 where they do not count; the rest is as in
+    `gauss_newton_bartlett`.
+    """
+    def summed_loss(rows: slice) -> tuple[Tensor, Tensor]:
+        logits = model(inputs[rows])
+        labels = targets[rows].reshape(-1)
+        logits = logits.reshape(-1, logits.size(-1))  # (n, V)
+        loss = F.cross_entropy(logits.to(_wide_dtype(logits)), labels, reduction="sum")
+        return loss, (labels != -100).sum()
+
+    return _squared_gradients(summed_loss, len(inputs), params, chunk_size, micro_batch_size,
+                              all_reduce)
+
+
+def _squared_gradients(summed_loss: Callable[[slice], tuple[Tensor, Tensor]], rows: int,
+                       params: Sequence[Tensor], chunk_size: int | None,
+                       micro_batch_size: int | None, all_reduce) -> list[Tensor]:
+    """sum_c S_c * S_c / n: S_c the gradient of `summed_loss` over chunk c, n all its counts."""
     params = list(params)
-    rows = inputs.size(0)
     if rows == 0:
-        raise ValueError("gauss_newton_bartlett needs at least one row of inputs")
+        raise ValueError("a curvature estimate needs at least one row of inputs")
     squares: list[Tensor] | None = None
     count = torch.zeros((), dtype=torch.int64, device=params[0].device)
-    for first in range(0, rows, chunk_size or rows):
-        chunk = slice(first, min(first + (chunk_size or rows), rows))
-        gradient, n = _sampled_gradient(model, inputs, params, chunk, micro_batch_size or rows,
-                                        uniforms, mask, num_classes)
-        count += n
+    step = chunk_size or rows
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        gradient: list[Tensor] | None = None
+        for start in range(first, last, micro_batch_size or step):
+            with torch.enable_grad():
+                loss, n = summed_loss(slice(start, min(start + (micro_batch_size or step), last)))
+            part = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+            count += n
+            if gradient is None:
+                gradient = _separate(part)
+            else:
+                torch._foreach_add_(gradient, part)
         if all_reduce is not None and chunk_size is None:
             all_reduce([*gradient, count])
         torch._foreach_mul_(gradient, gradient)
@@ -212,29 +435,27 @@ def gauss_newton_bartlett(
     return squares
 
 
-def _sampled_gradient(model, inputs, params, chunk: slice, micro_batch_size: int, uniforms, mask,
-                      num_classes) -> tuple[list[Tensor], Tensor]:
-    """Gradient of the summed loss on sampled labels of the rows `chunk`; number of labels."""
-    total, count = None, 0
-    for first in range(chunk.start, chunk.stop, micro_batch_size):
-        rows = slice(first, min(first + micro_batch_size, chunk.stop))
-        with torch.enable_grad():
-            logits = model(inputs[rows])
-            logits = logits.reshape(-1, logits.size(-1))  # (n, V)
-            with torch.no_grad():
-                u = (torch.rand(logits.size(0), device=logits.device) if uniforms is None
-                     else uniforms[rows].reshape(-1).to(logits.device))
-                labels = sample_labels(logits, u, num_classes)  # (n,)
-                if mask is not None:
-                    labels.masked_fill_(~mask[rows].reshape(-1).to(labels.device), -100)
-                count = count + (labels != -100).sum()
-            loss = F.cross_entropy(logits.to(_wide_dtype(logits)), labels, reduction="sum")
-        gradient = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        if total is None:
-            total = _separate(gradient)
-        else:
-            torch._foreach_add_(total, gradient)
-    return total, count
+def _categorical_loss(logits: Tensor, uniforms: Tensor | None, mask: Tensor | None,
+                      num_classes: int | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over sampled labels, and their number; logits (n, V), mask (n,)."""
+    if uniforms is None:
+        uniforms = torch.rand(logits.size(0), device=logits.device)
+    labels = sample_labels(logits.detach(), uniforms.reshape(-1), num_classes)  # (n,)
+    if mask is not None:
+        labels.masked_fill_(~mask, -100)
+    loss = F.cross_entropy(logits.to(_wide_dtype(logits)), labels, reduction="sum")
+    return loss, (labels != -100).sum()
+
+
+def _gaussian_loss(means: Tensor, noise: Tensor | None, mask: Tensor | None,
+                   num_classes: int | None) -> tuple[Tensor, Tensor]:
+    """Half the squared error summed over sampled targets, and their number; means (n, V)."""
+    means = means.to(_wide_dtype(means))
+    noise = torch.randn_like(means) if noise is None else noise.reshape(means.shape)
+    if mask is None:
+        mask = torch.ones(means.size(0), dtype=torch.bool, device=means.device)
+    # The residual mean - target of a target drawn around the mean is the noise itself.
+    return -(means * noise.to(means.dtype) * mask.unsqueeze(1)).sum(), mask.sum()
 
 
 def _separate(gradients: Iterable[Tensor]) -> list[Tensor]:
@@ -262,18 +483,19 @@ def sample_labels(logits: Tensor, uniforms: Tensor, num_classes: int | None = No
     return labels.clamp_max_(logits.size(1) - 1)
 
 
-def _check_group(group: dict) -> None:
+def _check_group(name: str, group: dict) -> None:
     beta1, beta2 = group["betas"]
-    for name, value, legal, range_ in (
+    for key, value, legal, range_ in (
         ("lr", group["lr"], group["lr"] >= 0, "at least 0"),
         ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
         ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
         ("gamma", group["gamma"], group["gamma"] > 0, "above 0"),
         ("eps", group["eps"], group["eps"] > 0, "above 0"),
         ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0, "at least 0"),
+        ("gamma_target", group["gamma_target"], 0 <= group["gamma_target"] < 1, "in [0, 1)"),
     ):
         if not legal:
-            raise ValueError(f"Sophia: {name} = {value} must be {range_}")
+            raise ValueError(f"{name}: {key} = {value} must be {range_}")
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

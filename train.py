@@ -58,7 +58,7 @@ from distributed import (
 )
 from metrics import Recorder, peak_flops
 from model import GPT, GPTConfig
-from optimizers import Estimator, build, cosine_lr
+from optimizers import Estimator, build, check, cosine_lr
 from tokenizer import TokenizerError, get_tokenizer
 
 MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
         config, sources = load(Config, argv, "train.py [config/FILE.py] [--key=value]")
         try:
             config.check_world(world_size())
+            check(config, world_size())
         except ConfigError as error:
             raise with_sources(error, sources) from None
         train(config, sources)
@@ -188,18 +189,19 @@ def update_curvature(run: Run, step: int) -> None:
     config = run.config
     first, last = run.ranks.share(config.hessian_batch_size)
     idx, targets = to_device(run.batches.rows(step, first, last), run.ranks.device)
+    bare = run.model.forward if run.estimator.second_derivatives else run.model
     row = first
 
-    def logits(idx: Tensor) -> Tensor:
-        """Of the bare model, which has no gradient hooks, on the next rows."""
+    def forward(idx: Tensor) -> Tensor:
+        """Logits of the next rows from the model without gradient hooks."""
         nonlocal row
         _seed_dropout(config, "hessian_dropout", step, row)
         row += len(idx)
         with run.autocast():
-            return run.model(idx)
+            return bare(idx)
 
-    run.optimizer.update_hessian(run.estimator(
-        logits, idx, targets, first, keyed_seed(config.seed, "hessian", step)))
+    run.optimizer.update_hessian(run.estimator.estimate(
+        forward, idx, targets, first, keyed_seed(config.seed, "hessian", step)))
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """Small data, small runs and ranks for the tests."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from corpus import write_corpus
@@ -50,6 +52,54 @@ def refused(capsys):
         assert len(lines) == 1, captured.err
         return lines[0]
     return run
+
+
+@pytest.fixture
+def golden_run():
+    """Replays a golden trajectory through an optimizer and compares every step to 1e-12."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+
+    def replay(name, seed, make, estimate=None, m="exp_avg", h=None):
+        golden = json.loads((folder / f"{name}_s{seed}.json").read_text())
+        inputs = json.loads((folder / f"inputs_s{seed}.json").read_text())
+        decayed = torch.tensor(golden["decay_mask"])
+        parts = [decayed, ~decayed]
+        params = [torch.nn.Parameter(_float64(golden["theta0"])[part]) for part in parts]
+        settings = golden["hparams"]
+        optimizer = make([dict(params=params[:1], weight_decay=settings["wd"]),
+                          dict(params=params[1:], weight_decay=0.0)], settings)
+        for t, lr in enumerate(golden["lrs"]):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            g = _float64(inputs["grads"][t])
+            if estimate and t % settings["k"] == 0:
+                hhat = 64 * g * g if estimate == "true_labels" else \
+                    _float64(inputs[estimate][str(t + 1)])
+                optimizer.update_hessian([hhat[part] for part in parts])
+            for p, part in zip(params, parts, strict=True):
+                p.grad = g[part]
+            optimizer.step()
+            for p, part in zip(params, parts, strict=True):
+                torch.testing.assert_close(p.detach(), _float64(golden["theta_by_step"][t])[part],
+                                           atol=1e-12, rtol=1e-12)
+            statistics = optimizer.statistics() if hasattr(optimizer, "statistics") else {}
+            if "unclipped_fraction" in statistics and golden["unclipped"]:
+                assert statistics["unclipped_fraction"].item() == \
+                    pytest.approx(golden["unclipped"][t])
+        for key, state in (("m", m), ("h", h)):
+            for p, part in zip(params, parts, strict=True):
+                if state:
+                    stored = golden["final"].get(key, golden["final"].get("v"))
+                    final = _float64(stored)[part]
+                    torch.testing.assert_close(optimizer.state[p][state], final, atol=0, rtol=1e-12)
+
+    return replay
+
+
+def _float64(values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def torchrun(ranks: int, script: str, *argv: str, timeout: int = 240):

@@ -4,6 +4,7 @@ import pytest
 
 import train
 from configurator import Config, ConfigError, help_text, load
+from optimizers import check
 
 
 def loaded(*argv):
@@ -41,7 +42,7 @@ def test_values_may_hold_equals_signs_and_whole_floats_are_integers():
     ("--beta1=1", "beta1 = 1.0 must be below 1"),
     ("--learning_rate=0", "learning_rate = 0.0 must be above 0"),
     ("--bias=yes", "bias = 'yes' is not True or False"),
-    ("--optimizer=sophiaq", "did you mean sophiag?"),
+    ("--optimizer=adanw", "did you mean adamw?"),
     ("--dtype=float16", "is none of auto, float32"),
     ("--n_head=7", "n_embd = 768 does not divide into n_head = 7"),
     ("--batch_size=7", "total_batch_size = 480 is not a multiple of batch_size = 7"),
@@ -85,8 +86,11 @@ def test_ranks_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="batch_size = 60 x 3 ranks.*may be one of"):
         config.check_world(3)
     with pytest.raises(ConfigError, match="nor a multiple of the 4 ranks"):
-        loaded("--hessian_chunks=2").check_world(4)
-    loaded("--hessian_chunks=8").check_world(4)
+        check(loaded("--hessian_chunks=2"), 4)
+    with pytest.raises(ConfigError, match="hessian_batch_size = 30 does not divide over 4 ranks"):
+        check(loaded("--hessian_batch_size=30"), 4)
+    check(loaded("--hessian_chunks=8"), 4)
+    check(loaded("--hessian_batch_size=30", "--optimizer=adamw"), 4)
 
 
 def test_programs_get_the_same_checks_as_users():

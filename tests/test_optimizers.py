@@ -7,7 +7,17 @@ import torch
 
 from configurator import Config, load
 from model import GPT, GPTConfig
-from optimizers import build, cosine_lr, decay_groups
+from optimizers import (
+    AdaHessian,
+    AdaHessianClip,
+    Lion,
+    Normalize,
+    SophiaUnclipped,
+    build,
+    cosine_lr,
+    parameter_groups,
+)
+from sophia import Sophia
 from tests.conftest import ROOT
 from train import MODEL_KEYS
 
@@ -73,10 +83,13 @@ def test_schedule_warms_up_linearly_then_falls_as_a_cosine_to_the_ratio():
 
 def test_matrices_decay_and_vectors_do_not_each_once():
     model = GPT(GPTConfig(n_layer=2, n_head=1, n_embd=8, block_size=4, vocab_size=16, bias=True))
-    decayed, kept = decay_groups(model, 0.3)
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
-    assert all(p.dim() >= 2 for p in decayed["params"]) and all(p.dim() < 2 for p in kept["params"])
-    chosen = [*decayed["params"], *kept["params"]]
+    groups = parameter_groups(model, Config(weight_decay=0.3))
+    assert [(g["kind"], g["weight_decay"]) for g in groups] == [
+        ("embedding", 0.3), ("matrix", 0.3), ("vector", 0.0)]
+    assert [p.shape for p in groups[0]["params"]] == [(16, 8), (4, 8)]
+    for group in groups:
+        assert all((p.dim() >= 2) == (group["kind"] != "vector") for p in group["params"])
+    chosen = [p for group in groups for p in group["params"]]
     assert {id(p) for p in chosen} == {id(p) for p in model.parameters()}
     assert len(chosen) == len(list(model.parameters()))
 
@@ -87,14 +100,39 @@ def test_labels_of_the_estimate_do_not_depend_on_the_split_over_ranks():
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=16)).double()
     config = Config(hessian_batch_size=4, total_batch_size=4, batch_size=1, n_head=1, n_embd=8)
     idx = torch.randint(16, (4, 4))
-    whole = build(config, model, num_classes=13).estimator(model, idx, idx, 0, 5)
+    whole = build(config, model, num_classes=13).estimator.estimate(model, idx, idx, 0, 5)
     sums = []  # what the first rank contributes, then both
 
     def estimate(rows, reduce):
         estimator = build(config, model, num_classes=13, all_reduce=reduce).estimator
-        return estimator(model, idx[rows], idx[rows], rows.start, 5)
+        return estimator.estimate(model, idx[rows], idx[rows], rows.start, 5)
 
     estimate(slice(0, 2), lambda parts: sums.extend(p.clone() for p in parts))
     both = estimate(slice(2, 4), lambda parts: torch._foreach_add_(parts, sums))
     for a, b in zip(whole, both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+GOLDEN = {  # name: optimizer of (groups, hparams), estimate, state of h
+    "adamw": (lambda groups, h: torch.optim.AdamW(groups, betas=(h["b1"], h["b2"]), eps=h["eps"]),
+              None, None),
+    "lion": (lambda groups, h: Lion(groups, betas=(h["b1"], h["b2"])), None, None),
+    "normalize_rms": (lambda groups, h: Normalize(groups, beta1=h["b1"]), None, None),
+    "clip_sign_momentum": (lambda groups, h: Sophia(groups, betas=(h["b1"], 0.99)), None, None),
+    "ef_clip_k10": (lambda groups, h: Sophia(groups, gamma=h["gamma"]), "true_labels", "hessian"),
+    "ah_clip_k10": (lambda groups, h: AdaHessianClip(groups, gamma=h["gamma"]), "hhat_hutchinson",
+                    "hessian"),
+    "gnb_noclip_k2": (lambda groups, h: SophiaUnclipped(groups, gamma=h["gamma"], eps=h["eps"]),
+                      "hhat_gnb", "hessian"),
+    "adahessian_k1": (lambda groups, h: AdaHessian(groups, betas=(h["b1"], h["b2"]), eps=h["eps"]),
+                      "hhat_hutchinson", "hessian"),
+    "adahessian_k2": (lambda groups, h: AdaHessian(groups, betas=(h["b1"], h["b2"]), eps=h["eps"]),
+                      "hhat_hutchinson", "hessian"),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_every_baseline_equals_its_golden_trajectory(golden_run, name, seed):
+    make, estimate, h = GOLDEN[name]
+    golden_run(name, seed, make, estimate, h=h)

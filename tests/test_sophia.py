@@ -1,7 +1,6 @@
 """Sophia against independent references, and the laws of Algorithms 2 and 3."""
 
 import itertools
-import json
 import math
 
 import pytest
@@ -11,10 +10,6 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig
 from sophia import Sophia, gauss_newton_bartlett, sample_labels
-from tests.conftest import SHARED
-
-GOLDEN = SHARED / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"{GOLDEN} is not there")
 
 
 def one_step(theta, grad, hessian, **settings):
@@ -27,41 +22,15 @@ def one_step(theta, grad, hessian, **settings):
     return p.detach()
 
 
-@needs_golden
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name, estimate", [
     ("sophia_g_k10", "hhat_gnb"), ("sophia_g_k1", "hhat_gnb"), ("sophia_g_k3_b2_95", "hhat_gnb"),
     ("sophia_h_k10", "hhat_hutchinson")])
-def test_fifty_steps_equal_the_golden_trajectory(name, estimate, seed):
-    golden = json.loads((GOLDEN / f"{name}_s{seed}.json").read_text())
-    inputs = json.loads((GOLDEN / f"inputs_s{seed}.json").read_text())
-    tensor = lambda values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
-    decayed = torch.tensor(golden["decay_mask"])
-    parts = [decayed, ~decayed]
-    params = [nn.Parameter(tensor(golden["theta0"])[part]) for part in parts]
-    h = golden["hparams"]
-    optimizer = Sophia([dict(params=params[:1], weight_decay=h["wd"]),
-                        dict(params=params[1:], weight_decay=0.0)],
-                       betas=(0.96, h.get("b2", 0.99)), gamma=h["gamma"])
-    for t, lr in enumerate(golden["lrs"]):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if t % h["k"] == 0:
-            hhat = tensor(inputs[estimate][str(t + 1)])
-            optimizer.update_hessian([hhat[part] for part in parts])
-        for p, part in zip(params, parts, strict=True):
-            p.grad = tensor(inputs["grads"][t])[part]
-        optimizer.step()
-        theta = tensor(golden["theta_by_step"][t])
-        for p, part in zip(params, parts, strict=True):
-            torch.testing.assert_close(p.detach(), theta[part], atol=1e-12, rtol=0)
-        assert optimizer.statistics()["unclipped_fraction"].item() == \
-            pytest.approx(golden["unclipped"][t])
-    for name in ("m", "h"):
-        state = {"m": "exp_avg", "h": "hessian"}[name]
-        for p, part in zip(params, parts, strict=True):
-            final = tensor(golden["final"][name])[part]
-            torch.testing.assert_close(optimizer.state[p][state], final, atol=0, rtol=1e-12)
+def test_fifty_steps_equal_the_golden_trajectory(golden_run, name, estimate, seed):
+    def make(groups, h):
+        return Sophia(groups, betas=(0.96, h.get("b2", 0.99)), gamma=h["gamma"])
+
+    golden_run(name, seed, make, estimate, h="hessian")
 
 
 def test_update_is_newton_where_unclipped_and_sign_where_curvature_is_absent_or_negative():

@@ -112,13 +112,13 @@ def test_the_estimate_comes_before_the_update_every_k_steps_and_is_not_norm_clip
     seen = {}
     for clip in ("1e-6", "0"):
         run = build(tiny("--hessian_interval=3", f"--grad_clip={clip}"), data_dir)
-        original, calls = run.estimator, []
+        original, calls = run.estimator.estimate, []
 
-        def spy(logits, *args, run=run, original=original, calls=calls):
+        def spy(*args, run=run, original=original, calls=calls):
             calls.append([p.detach().clone() for p in run.model.parameters()])
-            return original(logits, *args)
+            return original(*args)
 
-        run.estimator = spy
+        run.estimator = run.estimator._replace(estimate=spy)
         start = [p.detach().clone() for p in run.model.parameters()]
         for step in range(7):
             train.train_step(run, step)
@@ -133,8 +133,9 @@ def test_the_estimate_comes_before_the_update_every_k_steps_and_is_not_norm_clip
 def test_the_estimate_reads_the_first_rows_of_the_same_batch(tiny, data_dir):
     run = build(tiny(), data_dir)
     given = []
-    original = run.estimator
-    run.estimator = lambda *args: given.append(args[1:]) or original(*args)
+    original = run.estimator.estimate
+    run.estimator = run.estimator._replace(
+        estimate=lambda *args: given.append(args[1:]) or original(*args))
     train.train_step(run, 0)
     idx, targets, first_row, _ = given[0]
     expected = run.batches.rows(0, 0, 4)

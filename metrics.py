@@ -5,6 +5,7 @@ that fails says so once and never stops training.
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,12 +25,13 @@ class Recorder:
     """Shows and stores the records of one run; on ranks other than 0 every method does nothing."""
 
     def __init__(self, out_dir: Path, *, first_step: int, max_iters: int, active: bool,
-                 wandb: dict | None = None):
+                 wandb: dict | None = None, health: "Health | None" = None):
         """`first_step` > 0 drops stored records from there on: they are about to come again.
 
-        `wandb` holds project, name and config for Weights & Biases, None for none.
+        `wandb` holds project, name and config for Weights & Biases, None for none. `health` turns
+        records into warnings.
         """
-        self.active = active
+        self.active, self.health = active, health
         if not active:
             return
         self.path = out_dir / "metrics.jsonl"
@@ -53,6 +55,8 @@ class Recorder:
             self.bar.set_postfix_str(_brief(record))
         if not self.on_terminal or "val/loss" in record:
             self.say(_line(record))
+        for warning in self.health.warnings(record) if self.health else ():
+            self.say(f"warning: step {record['step']}: {warning}")
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
@@ -90,6 +94,43 @@ class Recorder:
             print(f"warning: recording to {what} failed and is off from now on: {error}",
                   file=sys.stderr, flush=True)
             return None
+
+
+class Health:
+    """Plain-language warnings when a second-order run leaves its healthy range, each once."""
+
+    PATIENCE = 20  # records in a row, after warm-up, that make "for long"
+
+    def __init__(self, warmup_iters: int, *, fixed_gamma: bool):
+        """`fixed_gamma`: gamma is a setting, and not controlled towards a target of its own."""
+        self.warmup_iters, self.fixed_gamma = warmup_iters, fixed_gamma
+        self.said, self.outside = set(), 0
+
+    def warnings(self, record: dict) -> list[str]:
+        """What this record, a dict as Sophia.statistics makes it, gives reason to say."""
+        found = {}
+        if "hessian_norm" in record:
+            if not math.isfinite(record["hessian_norm"]):
+                found["finite"] = ("the curvature h is not finite; an estimate overflowed: look at "
+                                   "the loss of that step, or resume from an earlier checkpoint")
+            elif record["hessian_norm"] == 0:
+                found["zero"] = ("the curvature h is still zero, so every step is a sign step; is "
+                                 "hessian_interval right, and do estimates reach the optimizer?")
+        found |= self._gamma(record)
+        new = {key: text for key, text in found.items() if key not in self.said}
+        self.said |= new.keys()
+        return list(new.values())
+
+    def _gamma(self, record: dict) -> dict[str, str]:
+        fraction = record.get("unclipped_fraction")
+        if fraction is None or not self.fixed_gamma or record["step"] < self.warmup_iters:
+            return {}
+        self.outside = 0 if 0.1 <= fraction <= 0.5 else self.outside + 1
+        if self.outside < self.PATIENCE:
+            return {}
+        advice = "lower" if fraction > 0.5 else "raise"
+        return {advice: f"{fraction:.0%} of the coordinates are unclipped, for {self.PATIENCE} "
+                        f"records now; the paper's range is 10-50 %: {advice} gamma"}
 
 
 def _start_wandb(**settings):

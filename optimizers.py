@@ -78,6 +78,15 @@ def check(config: Config, world_size: int) -> None:
                           f"{chunks}; choose a divisor", "hessian_chunks", "hessian_batch_size")
 
 
+def advice(config: Config) -> list[str]:
+    """Settings that are legal and known to go wrong, in words."""
+    if (OPTIMIZERS[config.optimizer].estimator is not None and config.warmup_iters < 2000
+            and config.tokens_per_step >= 480 * 1024):
+        return [f"warmup_iters = {config.warmup_iters} is shorter than the 2000 steps that Sophia "
+                "needs at the paper's batch size"]
+    return []
+
+
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     """Param groups by kind: embeddings, matrices, vectors. Vectors do not decay. Each once."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -56,9 +56,9 @@ from distributed import (
     world_size,
     wrap,
 )
-from metrics import Recorder, peak_flops
+from metrics import Health, Recorder, peak_flops
 from model import GPT, GPTConfig
-from optimizers import Estimator, build, check, cosine_lr
+from optimizers import Estimator, advice, build, check, cosine_lr
 from tokenizer import TokenizerError, get_tokenizer
 
 MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
@@ -81,6 +81,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     estimator: Estimator | None
     batches: TrainBatches
+    norm_clipped: Tensor  # steps whose gradient norm was clipped, since the last record
 
     def autocast(self):
         """The context of every forward pass."""
@@ -134,7 +135,8 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
                   "train; raise --max_iters to go on")
         return
     recorder = Recorder(out_dir, first_step=first_step, max_iters=config.max_iters,
-                        active=ranks.is_main, wandb=_wandb_settings(config))
+                        active=ranks.is_main, wandb=_wandb_settings(config),
+                        health=_health(run))
     try:
         _loop(run, data, out_dir, recorder, first_step)
     finally:
@@ -157,7 +159,8 @@ def build_run(config: Config, ranks: Ranks, data: Dataset) -> Run:
                                  all_reduce=sum_over_ranks if ranks.world_size > 1 else None)
     batches = TrainBatches(data.train, block_size=config.block_size, seed=config.seed,
                            total_batch_size=config.total_batch_size)
-    return Run(config, ranks, model, wrap(model, ranks), optimizer, estimator, batches)
+    return Run(config, ranks, model, wrap(model, ranks), optimizer, estimator, batches,
+               torch.zeros((), device=ranks.device))
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -179,6 +182,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
             loss.backward()
         mean_loss += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    if config.grad_clip:
+        run.norm_clipped += grad_norm > config.grad_clip
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
@@ -234,7 +239,7 @@ def _loop(run: Run, data: Dataset, out_dir: Path, recorder: Recorder, first_step
     for step in range(first_step, config.max_iters):
         loss, grad_norm = train_step(run, step)
         done, last = step + 1, step + 1 == config.max_iters
-        clock.tokens += config.tokens_per_step
+        clock.count(config.tokens_per_step)
         record = {}
         if step % config.log_interval == 0 or last:
             record |= _measure(run, step, loss, grad_norm, clock)
@@ -248,10 +253,15 @@ def _loop(run: Run, data: Dataset, out_dir: Path, recorder: Recorder, first_step
 
 
 class _Clock:
-    """Tokens per second of training alone: time in `paused()` is left out."""
+    """Steps and tokens per second of training alone: time in `paused()` is left out."""
 
     def __init__(self):
-        self.start, self.tokens = time.perf_counter(), 0
+        self.start, self.tokens, self.steps = time.perf_counter(), 0, 0
+
+    def count(self, tokens: int) -> None:
+        """Counts a step of so many tokens."""
+        self.tokens += tokens
+        self.steps += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -259,29 +269,33 @@ class _Clock:
         yield
         self.start += time.perf_counter() - began
 
-    def read(self) -> float:
-        """Tokens per second since the last reading."""
+    def read(self) -> tuple[int, float]:
+        """Steps, and tokens per second, since the last reading."""
         now = time.perf_counter()
-        rate = self.tokens / (now - self.start)
-        self.start, self.tokens = now, 0
-        return rate
+        steps, rate = self.steps, self.tokens / (now - self.start)
+        self.start, self.tokens, self.steps = now, 0, 0
+        return steps, rate
 
 
 def _measure(run: Run, step: int, loss: Tensor, grad_norm: Tensor, clock: _Clock) -> dict:
     """The numbers of a logging step: the loop's one host sync."""
     if run.ranks.world_size > 1:
         sum_over_ranks([loss])
-    statistics = run.optimizer.statistics() if hasattr(run.optimizer, "statistics") else {}
-    names = ["train/loss", "grad_norm", *statistics]
-    values = torch.stack([(loss / run.ranks.world_size).float(), grad_norm.float(),
-                          *(s.float() for s in statistics.values())]).tolist()  # sync
-    record = dict(zip(names, values, strict=True))
+    measured = {"train/loss": loss / run.ranks.world_size, "grad_norm": grad_norm,
+                "norm_clip_rate": run.norm_clipped}
+    if hasattr(run.optimizer, "statistics"):
+        measured |= run.optimizer.statistics()
+    values = torch.stack([value.float() for value in measured.values()]).tolist()  # sync
+    record = dict(zip(measured, values, strict=True))
+    run.norm_clipped.zero_()
+    steps, rate = clock.read()
+    record["norm_clip_rate"] /= steps
     if not math.isfinite(record["train/loss"]):
         raise TrainingError(f"step {step}: the loss is {record['train/loss']}; resume from an "
                             "earlier checkpoint with a lower learning_rate or longer warm-up")
     record["lr"] = cosine_lr(run.config, step)
     record["tokens"] = (step + 1) * run.config.tokens_per_step
-    record["tokens_per_second"] = clock.read()
+    record["tokens_per_second"] = rate
     device = run.ranks.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
@@ -381,8 +395,14 @@ def _announce(run: Run, data: Dataset, out_dir: Path) -> None:
     print(f"run: {config.tokens_per_step:,} tokens per step, {config.max_iters:,} steps = "
           f"{config.max_iters * epoch:,.2f} epochs of {data.folder}, {ranks.world_size} x {name}, "
           f"{config.dtype}", flush=True)
-    if data.note:
-        print(f"note: {data.note}")
+    for note in filter(None, [data.note, *advice(config)]):
+        print(f"note: {note}")
+
+
+def _health(run: Run) -> Health | None:
+    if run.estimator is None:
+        return None
+    return Health(run.config.warmup_iters, fixed_gamma=not run.config.gamma_target)
 
 
 def _wandb_settings(config: Config) -> dict | None:

@@ -2,7 +2,7 @@
 
 import json
 
-from metrics import Recorder, peak_flops
+from metrics import Health, Recorder, peak_flops
 
 
 def recorder(tmp_path, first_step=0, **kwargs):
@@ -58,3 +58,37 @@ def test_peak_flops_are_known_by_device_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("Tesla T4") is None
+
+
+def healthy(**changes):
+    return {"step": 100, "unclipped_fraction": 0.3, "hessian_norm": 1.0} | changes
+
+
+def test_a_healthy_run_is_not_warned():
+    health = Health(50, fixed_gamma=True)
+    assert not any(health.warnings(healthy(step=step)) for step in range(0, 1000, 10))
+    assert not health.warnings({"step": 5, "train/loss": 3.0})  # a first-order optimizer
+
+
+def test_each_departure_is_said_once_in_words():
+    health = Health(50, fixed_gamma=True)
+    low = [health.warnings(healthy(unclipped_fraction=0.04)) for _ in range(60)]
+    assert [bool(w) for w in low].index(True) == Health.PATIENCE - 1 and sum(map(len, low)) == 1
+    assert "4% of the coordinates are unclipped" in low[Health.PATIENCE - 1][0]
+    assert "raise gamma" in low[Health.PATIENCE - 1][0]
+    high = [w for _ in range(60) for w in health.warnings(healthy(unclipped_fraction=0.9))]
+    assert len(high) == 1 and "lower gamma" in high[0]
+    for norm, words in ((0.0, "still zero"), (float("nan"), "not finite")):
+        assert words in health.warnings(healthy(hessian_norm=norm))[0]
+        assert not health.warnings(healthy(hessian_norm=norm))
+
+
+def test_warm_up_and_a_controlled_gamma_are_not_judged():
+    warming = [Health(10_000, fixed_gamma=True), Health(0, fixed_gamma=False)]
+    assert not any(h.warnings(healthy(unclipped_fraction=0.99)) for h in warming for _ in range(60))
+
+
+def test_warnings_reach_the_log(tmp_path, capsys):
+    r = recorder(tmp_path, health=Health(0, fixed_gamma=True))
+    r.record(healthy(step=3, hessian_norm=0.0))
+    assert "warning: step 3: the curvature h is still zero" in capsys.readouterr().out

@@ -7,9 +7,19 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
-from sophia import Sophia, gauss_newton_bartlett, sample_labels
+from sophia import (
+    Sophia,
+    SophiaG,
+    SophiaH,
+    control_gamma,
+    empirical_fisher,
+    gauss_newton_bartlett,
+    hutchinson,
+    sample_labels,
+)
 
 
 def one_step(theta, grad, hessian, **settings):
@@ -133,6 +143,8 @@ class Softmax(nn.Module):
         torch.manual_seed(1)
         self.hidden, self.out = nn.Linear(2, 3), nn.Linear(3, 3)
         self.double()
+        with torch.no_grad():  # far from uniform, so that wrong labels show
+            self.out.weight.mul_(4)
 
     def forward(self, x):
         return self.out(torch.tanh(self.hidden(x)))
@@ -273,6 +285,335 @@ def test_labels_are_drawn_in_float32_from_bfloat16_logits():
     u = (torch.arange(4096) + 0.5) / 4096
     labels = sample_labels(logits, u)
     assert (labels - (u * 1000).long()).abs().max() <= 1
+
+
+class Enumerated:
+    """Every combination of labels of four positions in two sequences, with its probability."""
+
+    def __init__(self):
+        self.model, torch_inputs = Softmax(), torch.randn(4, 2, dtype=torch.float64)
+        self.inputs = torch_inputs
+        logits = self.model(self.inputs)
+        self.probabilities = logits.softmax(-1).detach()
+        params = list(self.model.parameters())
+        self.gradients = [[  # position, label -> gradient of its cross-entropy, one flat vector
+            torch.cat([g.flatten() for g in torch.autograd.grad(
+                F.cross_entropy(logits[i], torch.tensor(y)), params, retain_graph=True)])
+            for y in range(3)] for i in range(4)]
+        self.exact = torch.cat([d.flatten() for d in exact_diagonal(self.model, self.inputs)])
+
+    def slope(self, estimate, probabilities=None):
+        """<mean, exact> / <exact, exact> of estimate(four gradients) over labels so drawn."""
+        probabilities = self.probabilities if probabilities is None else probabilities
+        mean = torch.zeros_like(self.exact)
+        for labels in itertools.product(range(3), repeat=4):
+            weight = math.prod(probabilities[i, y].item() for i, y in enumerate(labels))
+            if weight:
+                mean += weight * estimate(torch.stack(
+                    [self.gradients[i][y] for i, y in enumerate(labels)]))
+        return (mean @ self.exact / (self.exact @ self.exact)).item()
+
+
+def test_the_wrong_estimators_of_other_codes_are_told_apart():
+    """The table of what goes wrong, each by its exact expectation; ours is the first line."""
+    at = Enumerated()
+
+    def square(g):  # mean gradient over the positions, squared
+        return g.mean(0) ** 2
+
+    p = at.probabilities
+    sharpened = (p ** (1 / 0.7)) / (p ** (1 / 0.7)).sum(-1, keepdim=True)
+    argmax = F.one_hot(p.argmax(-1), 3).double()
+    assert at.slope(lambda g: 4 * square(g)) == pytest.approx(1, rel=1e-10)
+    assert at.slope(lambda g: 2 * square(g)) == pytest.approx(1 / 2)  # sequences, not positions
+    halves = lambda g: (g[:2], g[2:])  # noqa: E731 (two ranks or micro-batches)
+    own = at.slope(lambda g: sum(2 * square(half) for half in halves(g)) / 2)
+    assert own == pytest.approx(1, rel=1e-10)  # squared apart with their own factor: right too
+    assert at.slope(lambda g: sum(4 * square(half) for half in halves(g)) / 2) == pytest.approx(2)
+    assert at.slope(lambda g: 4 * sum(half.mean(0) for half in halves(g)) ** 2) == pytest.approx(4)
+    assert abs(at.slope(lambda g: 4 * square(g), sharpened) - 1) > 0.03
+    assert abs(at.slope(lambda g: 4 * square(g), argmax) - 1) > 0.1
+    clipped = at.slope(lambda g: 4 * square(g) * min(1, 0.25 / g.mean(0).norm().item()) ** 2)
+    assert clipped < 0.9
+    # One rank has three positions, the other one: means of means are wrong, the weighted sum right.
+    uneven = lambda g: (g[:3], g[3:])  # noqa: E731
+    wrong = at.slope(lambda g: 4 * (sum(part.mean(0) for part in uneven(g)) / 2) ** 2)
+    assert abs(wrong - 1) > 0.03
+    weighted = at.slope(lambda g: sum(len(part) / 4 * len(part) * square(part)
+                                      for part in uneven(g)))
+    assert weighted == pytest.approx(1, rel=1e-10)
+
+
+def test_ranks_with_unequal_counts_give_the_exact_diagonal():
+    """One rank's rows and masks beside another's, reduced by a sum, in one square and in two."""
+    model, inputs = Softmax(), torch.randn(4, 2, dtype=torch.float64)
+    mask = torch.tensor([True, True, True, False])
+    u = torch.rand(4)
+    params = list(model.parameters())
+    for chunk_size in (None, 2):
+        whole = gauss_newton_bartlett(model, inputs, params, uniforms=u, mask=mask,
+                                      chunk_size=chunk_size)
+        parts: list = []
+        for rows, reduce in ((slice(0, 2), lambda ts, parts=parts: parts.extend(
+                                 t.clone() for t in ts)),
+                             (slice(2, 4), lambda ts, parts=parts: torch._foreach_add_(ts, parts))):
+            both = gauss_newton_bartlett(model, inputs[rows], params, uniforms=u[rows],
+                                         mask=mask[rows], chunk_size=chunk_size, all_reduce=reduce)
+        for a, b in zip(whole, both, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_ranks_that_draw_the_same_labels_would_be_seen():
+    """With one seed on every rank, squares of sums of equal draws come out too large."""
+    at = Enumerated()
+    g = [[at.gradients[i][y] for y in range(3)] for i in range(4)]
+    mean = torch.zeros_like(at.exact)
+    for y in range(3):  # four ranks at the same position draw the same label
+        mean += at.probabilities[0, y] * 4 * g[0][y] ** 2
+    independent = sum(at.probabilities[0, y] * g[0][y] ** 2 for y in range(3))
+    assert torch.allclose(mean, 4 * independent)
+
+
+def test_true_labels_give_the_empirical_fisher_and_not_gauss_newton():
+    model, inputs = Softmax(), torch.randn(4, 2, dtype=torch.float64)
+    targets = torch.tensor([0, 1, -100, 2])
+    params = list(model.parameters())
+    kept = targets != -100
+    grad = torch.autograd.grad(F.cross_entropy(model(inputs[kept]), targets[kept]), params)
+    for micro in (None, 1):
+        found = empirical_fisher(model, inputs, targets, params, micro_batch_size=micro)
+        for f, g in zip(found, grad, strict=True):
+            torch.testing.assert_close(f, 3 * g * g, rtol=1e-12, atol=0)
+    apart = empirical_fisher(model, inputs, targets, params, chunk_size=1)
+    assert not torch.allclose(apart[0], found[0])
+    assert abs(slope(found, exact_diagonal(model, inputs, kept)) - 1) > 0.05
+
+
+def test_gaussian_likelihood_gives_the_gauss_newton_diagonal_of_squared_error():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    inputs = torch.randn(5, 2, dtype=torch.float64)
+    params = list(model.parameters())
+    exact = [torch.zeros_like(p) for p in params]
+    for output in model(inputs).flatten():
+        for d, row in zip(exact, torch.autograd.grad(output, params, retain_graph=True),
+                          strict=True):
+            d += row**2 / 5
+    draws = 4000
+    total = [torch.zeros_like(p) for p in params]
+    for _ in range(draws):
+        torch._foreach_add_(total, gauss_newton_bartlett(model, inputs, params, chunk_size=1,
+                                                         likelihood="gaussian"))
+    assert slope([t / draws for t in total], exact) == pytest.approx(1, abs=0.03)
+
+
+# Hutchinson ------------------------------------------------------------------------------------
+
+
+def dense_hessian(model, loss):
+    """The Hessian of loss() over all parameters, one row at a time."""
+    params = list(model.parameters())
+    with sdpa_kernel(SDPBackend.MATH):
+        gradient = torch.autograd.grad(loss(), params, create_graph=True)
+    gradient = torch.cat([g.flatten() for g in gradient])
+    rows = [torch.cat([r.flatten() for r in torch.autograd.grad(
+        g, params, retain_graph=True, materialize_grads=True, allow_unused=True)])
+        for g in gradient]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_hutchinson_is_u_times_hessian_times_u_for_any_number_of_parts(parts):
+    model, idx = tiny_gpt(), torch.randint(8, (4, 4))
+    params = list(model.parameters())
+    losses = [lambda c=c: model(c, c) / parts for c in idx.chunk(parts)]
+    generator = torch.Generator().manual_seed(4)
+    found = hutchinson(losses, params, generator=generator)
+    generator.manual_seed(4)
+    u = torch.cat([torch.randn(p.shape, generator=generator, dtype=p.dtype).flatten()
+                   for p in params])
+    expected = u * (dense_hessian(model, lambda: model(idx, idx)) @ u)
+    torch.testing.assert_close(torch.cat([f.flatten() for f in found]), expected, rtol=1e-9,
+                               atol=1e-12)
+    assert all(p.grad is None for p in params)
+
+
+def test_hutchinson_averages_to_the_hessians_diagonal_negative_entries_included():
+    model, idx = tiny_gpt(), torch.randint(8, (2, 4))
+    params = list(model.parameters())
+    exact = dense_hessian(model, lambda: model(idx, idx)).diagonal()
+    draws = 3000
+    total = torch.zeros_like(exact)
+    for _ in range(draws):
+        total += torch.cat([f.flatten() for f in hutchinson([lambda: model(idx, idx)], params)])
+    assert (exact < 0).any()
+    assert slope([total / draws], [exact]) == pytest.approx(1, abs=0.06)
+
+
+def test_hutchinson_refuses_a_forced_fused_kernel_in_words():
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=8))
+    idx = torch.randint(8, (2, 4))
+
+    def forced():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return model(idx, idx)
+
+    with pytest.raises(RuntimeError, match="hutchinson needs second derivatives"):
+        hutchinson([forced], list(model.parameters()))
+
+
+# The controlled gamma --------------------------------------------------------------------------
+
+
+def controlled(shape, **options):
+    """A Sophia after one step on random m and h with one row of vanishing curvature."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    optimizer = Sophia([p], lr=1e-3, betas=(0.5, 0.5), **options)
+    optimizer.update_hessian([torch.rand(shape) * torch.logspace(-6, 0, shape[0]).unsqueeze(1)])
+    p.grad = torch.randn(shape)
+    optimizer.step()
+    return p, optimizer
+
+
+@pytest.mark.parametrize("target", [0.2, 0.95])
+def test_controlled_gamma_leaves_the_target_fraction_of_the_tensor_unclipped(target):
+    p, optimizer = controlled((64, 50), gamma_target=target)
+    assert optimizer.state[p]["gamma"].shape == ()
+    statistics = optimizer.statistics()
+    assert statistics["unclipped_fraction"].item() == pytest.approx(target, abs=2 / 3200)
+    assert statistics["gamma"] == pytest.approx(optimizer.state[p]["gamma"].item())
+
+
+def test_with_rows_every_row_has_its_own_whatever_its_curvature():
+    p, optimizer = controlled((64, 50), gamma_target=0.9, gamma_rows=True)
+    state = optimizer.state[p]
+    assert state["gamma"].shape == (64, 1)
+    unclipped = state["exp_avg"].abs() < state["gamma"] * state["hessian"]
+    assert torch.equal(unclipped.sum(1), torch.full((64,), 44))  # 45th is the quantile itself
+    assert (state["gamma"][0] / state["gamma"][-1]).log10().item() == pytest.approx(6, abs=1)
+
+
+def test_large_tensors_are_sampled_evenly():
+    p, optimizer = controlled((500, 1000), gamma_target=0.5)
+    assert optimizer.statistics()["unclipped_fraction"].item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_gamma_is_smoothed_in_the_logarithm_and_kept_where_there_is_no_curvature():
+    g, h = torch.tensor([4.0, 1.0]), torch.ones(2)
+    gamma = lambda old, g, h: control_gamma(  # noqa: E731
+        old, g, torch.zeros(2), h, beta1=0.0, target=1 - 1e-9, rows=False)
+    first = gamma(None, g, h)
+    assert first == 4
+    assert gamma(first, 2 * g, h) == pytest.approx(4 ** 0.8 * 8 ** 0.2)
+    assert gamma(first, g, torch.zeros(2)) == 4 and gamma(first, 0 * g, h) == 4
+    assert gamma(None, g, -h) == 0  # no positive curvature yet: sign steps
+
+
+def test_controlled_gamma_survives_a_state_dict_round_trip():
+    p, optimizer = controlled((8, 4), gamma_target=0.5, gamma_rows=True)
+    q = nn.Parameter(p.detach().clone())
+    twin = Sophia([q], lr=1e-3, betas=(0.5, 0.5), gamma_target=0.5, gamma_rows=True)
+    twin.load_state_dict(optimizer.state_dict())
+    for optimizer_, x in ((optimizer, p), (twin, q)):
+        for _ in range(2):
+            optimizer_.update_hessian([torch.full((8, 4), 0.3)])
+            x.grad = torch.full((8, 4), 0.1)
+            optimizer_.step()
+    assert torch.equal(p, q)
+    assert torch.equal(optimizer.state[p]["gamma"], twin.state[q]["gamma"])
+
+
+def test_bias_correction_divides_h_by_its_missing_weight():
+    new = []
+    for beta2, corrected in ((0.0, False), (0.99, True)):
+        p = nn.Parameter(torch.zeros(3))
+        optimizer = Sophia([p], lr=0.1, betas=(0.0, beta2), gamma=1.0, weight_decay=0.0,
+                           bias_correction=corrected)
+        for _ in range(2):
+            optimizer.update_hessian([torch.tensor([1.0, 2.0, 4.0])])
+        p.grad = torch.ones(3)
+        optimizer.step()
+        new.append(p.detach())
+    torch.testing.assert_close(new[0], new[1], rtol=1e-5, atol=0)
+
+
+def test_statistics_tell_kinds_apart_and_measure_the_update():
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.full((2,), 3.0))
+    optimizer = Sophia([dict(params=[a], kind="embedding"), dict(params=[b], kind="vector")],
+                       lr=0.5, betas=(0.0, 0.0), gamma=1.0, weight_decay=0.0)
+    assert optimizer.statistics() == {}
+    optimizer.update_hessian([torch.tensor([2.0, 0.0]), torch.tensor([4.0, 4.0])])
+    a.grad, b.grad = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 8.0])
+    before = [a.detach().clone(), b.detach().clone()]
+    optimizer.step()
+    found = {k: v.item() for k, v in optimizer.statistics().items()}
+    moved = math.sqrt(sum(((x - y) ** 2).sum().item()
+                          for x, y in zip(before, (a.detach(), b.detach()), strict=True)))
+    assert found["update_norm"] == pytest.approx(moved)
+    assert found["unclipped_fraction"] == 0.5
+    assert (found["unclipped/embedding"], found["unclipped/vector"]) == (0.5, 0.5)
+    assert found["hessian_floor_fraction"] == 0.25
+    assert found["hessian_norm"] == pytest.approx(6) and found["momentum_norm"] == \
+        pytest.approx(math.sqrt(70))
+
+
+def test_sophia_g_and_h_are_the_papers_settings():
+    p = [nn.Parameter(torch.zeros(1))]
+    g, h = SophiaG(p).defaults, SophiaH(p).defaults
+    assert (g["gamma"], h["gamma"]) == (0.05, 0.01)
+    for defaults in (g, h):
+        assert (defaults["betas"], defaults["eps"], defaults["weight_decay"]) == \
+            ((0.96, 0.99), 1e-12, 0.2)
+
+
+@pytest.mark.parametrize("options", [{}, dict(gamma_target=0.5),
+                                     dict(gamma_target=0.5, gamma_rows=True)])
+def test_the_compiled_update_equals_the_eager_one(options):
+    import shutil
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (7,), (3, 5), (1,))]
+        optimizer = Sophia(params, lr=1e-2, compiled=compiled, **options)
+        for t in range(6):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (t + 1)
+            if t % 3 == 0:
+                optimizer.update_hessian([torch.rand_like(p) ** 4 - 0.01 for p in params])
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in params]))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+# A library -------------------------------------------------------------------------------------
+
+
+def test_an_image_classifier_and_a_regression_train_in_plain_torch():
+    torch.manual_seed(0)
+    images = torch.randn(128, 1, 8, 8)
+    labels = (images.mean((1, 2, 3)) > 0).long()
+    classifier = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    x = torch.randn(256, 4)
+    y = torch.sin(x @ torch.randn(4, 2))
+    regressor = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
+    for model, inputs, loss_of, likelihood, goal in (
+            (classifier, images, lambda out: F.cross_entropy(out, labels), "categorical", 0.2),
+            (regressor, x, lambda out: 0.5 * (out - y).square().sum(1).mean(), "gaussian", 0.1)):
+        optimizer = SophiaG(model.parameters(), lr=1e-2, betas=(0.9, 0.95), gamma_target=0.5)
+        for t in range(200):
+            if t % 10 == 0:
+                optimizer.update_hessian(gauss_newton_bartlett(
+                    model, inputs, optimizer.parameters(), likelihood=likelihood, chunk_size=32))
+            loss = loss_of(model(inputs))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert loss < goal, likelihood
 
 
 def test_ten_lines_train_a_classifier_that_is_no_language_model():

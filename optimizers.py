@@ -187,9 +187,8 @@ class Lion(torch.optim.Optimizer):
         loss = _evaluate(closure)
         for group, p in _with_gradient(self):
             m = _momentum(self.state[p], p)
-            g, (beta1, beta2), lr = p.grad.to(m.dtype), group["betas"], group["lr"]
-            direction = m.lerp(g, 1 - beta1).sign_()
-            p.copy_(p.to(m.dtype) * (1 - lr * group["weight_decay"]) - lr * direction)
+            g, (beta1, beta2) = p.grad.to(m.dtype), group["betas"]
+            _move(p, m.lerp(g, 1 - beta1).sign_(), group)
             m.lerp_(g, 1 - beta2)
         return loss
 
@@ -218,8 +217,7 @@ class Normalize(torch.optim.Optimizer):
         squares = torch.stack([m.square().sum() for _, _, m in used]).sum()
         rms = (squares / sum(m.numel() for _, _, m in used)).sqrt() + 1e-12
         for group, p, m in used:
-            decay = 1 - group["lr"] * group["weight_decay"]
-            p.copy_(p.to(m.dtype) * decay - group["lr"] * (m / rms))
+            _move(p, m / rms, group)
         return loss
 
 
@@ -314,9 +312,11 @@ def _without_clipping(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _move(p: Tensor, update: Tensor, group: dict) -> None:
-    """Decoupled decay, then -lr * update, in the update's precision."""
-    lr = group["lr"]
-    p.copy_(p.to(update.dtype) * (1 - lr * group["weight_decay"]) - lr * update)
+    """Decoupled decay, then -lr * update, in the update's precision; `update` is used up."""
+    wide = p.to(update.dtype)  # p itself unless its precision is lower
+    wide.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.mul_(group["lr"]))
+    if wide is not p:
+        p.copy_(wide)
 
 
 def _momentum(state: dict, p: Tensor) -> Tensor:

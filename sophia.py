@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Of the controlled gamma: weight of the past, coordinates looked at per tensor and per row.
-CONTROL_MEMORY, CONTROL_SAMPLE, CONTROL_SAMPLE_ROW = 0.8, 65_536, 64
+CONTROL_MEMORY, CONTROL_SAMPLE, CONTROL_SAMPLE_ROW = 0.8, 4096, 64
 
 
 class Sophia(torch.optim.Optimizer):

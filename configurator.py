@@ -11,7 +11,7 @@ import difflib
 import math
 import operator
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -26,14 +26,14 @@ class ConfigError(ValueError):
 
 def knob(default: Any, meaning: str, *, unit: str = "", low: float | None = None,
          above: float | None = None, high: float | None = None, below: float | None = None,
-         section: str = "", hint: str = "") -> Any:
+         section: str = "") -> Any:
     """A dataclass field with its documentation and legal range.
 
     `low` and `high` are inclusive bounds, `above` and `below` exclusive ones. `section` opens a
-    heading in `--help`. `hint` is what to do when the value is missing (default MISSING) or bad.
+    heading in `--help`.
     """
     metadata = dict(meaning=meaning, unit=unit, low=low, above=above, high=high, below=below,
-                    section=section, hint=hint)
+                    section=section)
     return field(default=default, metadata=metadata)
 
 
@@ -186,17 +186,24 @@ def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
             values[key] = _typed(_known(key, by_name, source), value, source)
             sources[key] = source
     for flag in (a for a in argv if a.startswith("-")):
+        if by_name.get(flag[2:]) is not None and by_name[flag[2:]].type is bool:
+            flag += "=True"  # a bare --switch
         key, text = _split_flag(flag)
         f = _known(key, by_name, f"flag {flag}")
         values[key] = _typed(f, _literal(f, text), f"flag {flag}")
         sources[key] = f"flag {flag}"
-    for f in fields(cls):
-        if f.default is MISSING and f.name not in values:
-            raise ConfigError(f"--{f.name}=... is missing: {f.metadata['hint']}", f.name)
     try:
         return cls(**values), sources
     except ConfigError as error:
         raise with_sources(error, sources) from None
+
+
+def load_or_exit(cls: type, argv: list[str], usage: str) -> Any:
+    """Settings as `load` gives them; ends the command with 2 and one line after a mistake."""
+    try:
+        return load(cls, argv, usage)[0]
+    except ConfigError as error:
+        exit_with(error)
 
 
 def with_sources(error: ConfigError, sources: dict[str, str]) -> ConfigError:
@@ -348,8 +355,7 @@ def help_text(cls: type, usage: str) -> str:
             lines += ["", meta["section"]]
         choices = get_args(f.type) if get_origin(f.type) is Literal else ()
         kind = "|".join(choices) if choices else f.type.__name__
-        default = "required" if f.default is MISSING else f"default {f.default!r}"
-        notes = ", ".join(filter(None, [default, meta["unit"], _range_words(meta)]))
+        notes = ", ".join(filter(None, [f"default {f.default!r}", meta["unit"], _range_words(meta)]))
         lines += [f"  --{f.name}={kind}", f"      {meta['meaning']} ({notes})"]
     return "\n".join(lines)
 

@@ -1,87 +1,156 @@
-"""An iterator of documents -> train.bin, val.bin (raw uint16 token ids) and meta.json.
+"""Documents -> train.bin, val.bin (raw uint16 token ids) and meta.json.
 
 The .bin files are nanoGPT's format: the ids of one document after the other, each followed by
 end-of-text. meta.json says what they hold, so that train.py can refuse data that does not fit.
-Memory is bounded whatever the corpus; the bytes are the same for any number of processes.
+Memory is bounded by the largest document; the bytes are the same for any number of processes; a
+preparation that was killed continues where it last saved, and ends with the same bytes.
 """
 
-import glob
+import gzip
 import hashlib
 import json
 import os
+import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from glob import glob
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import fingerprint, get_tokenizer
+from configurator import ConfigError, Settings, exit_with, knob
+from tokenizer import (
+    EOT,
+    FILE_NAME,
+    FileEncoding,
+    TokenizerError,
+    beside,
+    fingerprint,
+    get_tokenizer,
+)
 
 META_FORMAT = 1
-BATCH_CHARACTERS = 1 << 20  # text handed to a worker at a time
+SPLITS = ("train", "val")
+BATCH_CHARACTERS = 1 << 19  # text handed to a worker at a time
+SAVE_TOKENS = 1 << 24  # between two savings of the progress
+PROGRESS = "progress.json"
 
 
 class CorpusError(ValueError):
     """A corpus cannot be read or written; the message says which file and what to do."""
 
 
-def write_corpus(documents: Iterable[tuple[str, str]], out_dir: Path, tokenizer: str, *,
-                 source: str, num_proc: int = 1, total: int | None = None) -> dict:
-    """Tokenises (split, text) pairs into `out_dir`; returns what meta.json holds.
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings(Settings):
+    """What every prepare script takes. `out_dir` defaults to the script's own folder."""
 
-    `split` is "train" or "val". `source` goes into meta.json. `total` is the number of documents,
-    for the progress bar. Files take their names only when complete. Raises CorpusError when a split
-    stays empty or the disk refuses.
-    """
-    encoding = get_tokenizer(tokenizer)
+    out_dir: str = knob("", "where train.bin, val.bin and meta.json go; empty = beside the script")
+    num_proc: int = knob(1, "tokenising processes", low=1)
+    verify: bool = knob(False, "check the prepared folder instead: sizes, ids, checksums; shows a "
+                               "few documents")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """An ordered collection of documents that can be read from any place on."""
+
+    name: str  # for meta.json and messages
+    identity: str  # changes when the documents do, so that no half-done work is mixed
+    count: int | None  # None: not known beforehand
+    read: Callable[[int], Iterator[tuple[str, str]]]  # (split, text) from document number n on
+
+
+def prepare(settings: PrepareSettings, here: Path, documents: Callable[[], Documents],
+            tokenizer: str) -> dict | None:
+    """A prepare script's main: verifies, or writes the corpus and reports. None after verifying."""
+    out_dir = Path(settings.out_dir) if settings.out_dir else here
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        splits = {split: _SplitFile(out_dir / f"{split}.bin") for split in ("train", "val")}
-        try:
-            with tqdm(total=total, unit=" documents", desc="tokenise", disable=None) as bar:
-                for split, n_documents, ids in _encoded(documents, tokenizer, num_proc):
-                    splits[split].append(ids, n_documents)
-                    bar.set_postfix_str(f"{sum(s.tokens for s in splits.values()):,} tokens",
-                                        refresh=False)
-                    bar.update(n_documents)
-            for name, split in splits.items():
-                if split.documents == 0:
-                    raise CorpusError(f"no document for the {name} split in {source}; give more "
-                                      "documents")
-            for split in splits.values():
-                split.publish()
-        finally:
-            for split in splits.values():
-                split.discard()
-        meta = dict(
-            format=META_FORMAT, source=source, dtype="uint16", tokenizer=tokenizer,
-            tokenizer_sha256=fingerprint(encoding), vocab_size=encoding.n_vocab,
-            eot_token=encoding.eot_token,
-            splits={name: split.describe() for name, split in splits.items()})
-        _replace_text(out_dir / "meta.json", json.dumps(meta, indent=1) + "\n")
-    except OSError as error:
-        raise CorpusError(f"cannot write to {out_dir}: {error.strerror}; free some space or give "
-                          "another --out_dir") from error
+        if settings.verify:
+            print(verify(out_dir))
+            return None
+        get_tokenizer(tokenizer)  # before a long download
+        meta = write_corpus(documents(), out_dir, tokenizer, num_proc=settings.num_proc)
+    except (ConfigError, CorpusError, TokenizerError) as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        exit_with(CorpusError("interrupted; the same command continues where it stopped"))
+    for split in meta["splits"].values():
+        print(f"{out_dir / split['file']}: {split['documents']:,} documents, "
+              f"{split['tokens']:,} tokens ({meta['tokenizer']})")
     return meta
 
 
-def report(meta: dict, out_dir: Path) -> None:
-    """Prints what was prepared and what to do next."""
-    for name, split in meta["splits"].items():
-        print(f"{out_dir / split['file']}: {name}, {split['documents']:,} documents, "
-              f"{split['tokens']:,} {meta['tokenizer']} tokens")
+def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_proc: int = 1) -> dict:
+    """Tokenises the documents into `out_dir`; returns what meta.json holds.
+
+    Files take their names only when complete; until then they and progress.json hold what is done,
+    and the same call continues it. Raises CorpusError when a split stays empty, the disk refuses, a
+    document cannot be read, or the folder holds half-done work on other documents.
+    """
+    encoding = get_tokenizer(tokenizer)
+    if encoding.n_vocab > 1 << 16:
+        raise CorpusError(f"tokenizer {tokenizer} has {encoding.n_vocab} classes, more than the "
+                          "65536 of uint16 ids")
+    task = dict(source=documents.name, identity=documents.identity,
+                tokenizer_sha256=fingerprint(encoding))
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        splits, done = _open_splits(out_dir, task)
+        try:
+            _fill(splits, documents, done, task, out_dir, tokenizer, num_proc)
+            for name in SPLITS:
+                if splits[name].documents == 0:
+                    raise CorpusError(f"no document for the {name} split in {documents.name}; give "
+                                      "more documents")
+            meta = dict(
+                format=META_FORMAT, source=documents.name, dtype="uint16", tokenizer=tokenizer,
+                tokenizer_sha256=task["tokenizer_sha256"], vocab_size=encoding.n_vocab,
+                eot_token=encoding.eot_token,
+                splits={name: split.describe() for name, split in splits.items()})
+        finally:
+            for split in splits.values():
+                split.file.close()
+        (out_dir / "meta.json").unlink(missing_ok=True)  # it would speak of the old files
+        if isinstance(encoding, FileEncoding):
+            _replace_text(out_dir / FILE_NAME, encoding.json)
+            meta["tokenizer"] = FILE_NAME
+        for split in splits.values():
+            os.replace(split.partial, split.path)
+        _replace_text(out_dir / "meta.json", json.dumps(meta, indent=1) + "\n")
+        (out_dir / PROGRESS).unlink(missing_ok=True)
+    except OSError as error:
+        raise CorpusError(f"cannot write to {out_dir}: {error.strerror}; what is done is kept: "
+                          "free some space and run the same command again, or give another "
+                          "--out_dir") from error
+    return meta
 
 
 class _SplitFile:
     """A .bin file under a temporary name, with its running checksum and counts."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, saved: dict | None):
+        """`saved` is what `progress` said when it was last written; what follows is cut off."""
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.file = open(self.partial, "wb")  # noqa: SIM115 (closed by publish or discard)
         self.digest, self.tokens, self.documents = hashlib.sha256(), 0, 0
+        self.file: BinaryIO = open(self.partial, "r+b" if saved else "w+b")  # noqa: SIM115
+        if saved:
+            self.tokens, self.documents = saved["tokens"], saved["documents"]
+            left = 2 * self.tokens
+            while left:
+                block = self.file.read(min(left, 1 << 20))
+                if not block:
+                    raise CorpusError(f"{self.partial} is shorter than {PROGRESS} says; remove "
+                                      f"both and start again")
+                self.digest.update(block)
+                left -= len(block)
+            self.file.seek(2 * self.tokens)
+            self.file.truncate()
 
     def append(self, ids: bytes, documents: int) -> None:
         self.file.write(ids)
@@ -89,19 +158,61 @@ class _SplitFile:
         self.tokens += len(ids) // 2
         self.documents += documents
 
-    def publish(self) -> None:
+    def progress(self) -> dict:
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.partial, self.path)
-
-    def discard(self) -> None:
-        self.file.close()
-        self.partial.unlink(missing_ok=True)
+        return dict(tokens=self.tokens, documents=self.documents)
 
     def describe(self) -> dict:
-        return dict(file=self.path.name, tokens=self.tokens, documents=self.documents,
-                    sha256=self.digest.hexdigest())
+        return dict(file=self.path.name, **self.progress(), sha256=self.digest.hexdigest())
+
+
+def _open_splits(out_dir: Path, task: dict) -> tuple[dict[str, _SplitFile], int]:
+    """The split files, new or continued, and the number of documents they hold."""
+    saved = {}
+    if (out_dir / PROGRESS).is_file():
+        try:
+            progress = json.loads((out_dir / PROGRESS).read_text())
+            same, saved = progress["task"] == task, progress["splits"]
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise CorpusError(f"{out_dir} holds half-done work on other documents ({PROGRESS}); "
+                              "remove that file to start again, or give another --out_dir")
+    splits = {name: _SplitFile(out_dir / f"{name}.bin", saved.get(name)) for name in SPLITS}
+    return splits, sum(split.documents for split in splits.values())
+
+
+def _fill(splits: dict[str, _SplitFile], documents: Documents, done: int, task: dict,
+          out_dir: Path, tokenizer: str, num_proc: int) -> None:
+    """Appends every document from number `done` on, saving progress on the way and on errors."""
+    def tokens() -> int:
+        return sum(split.tokens for split in splits.values())
+
+    def save() -> None:
+        progress = dict(task=task, splits={n: split.progress() for n, split in splits.items()})
+        _replace_text(out_dir / PROGRESS, json.dumps(progress, indent=1) + "\n")
+
+    if done:
+        print(f"continuing after {done:,} documents and {tokens():,} tokens")
+    last_saved, started, whole = tokens(), tokens(), True
+    encoded = _encoded(documents.read(done), tokenizer, num_proc)
+    try:
+        with tqdm(total=documents.count, initial=done, unit=" documents", disable=None) as bar:
+            for split, n_documents, whole, ids in encoded:
+                splits[split].append(ids, n_documents)
+                rate = (tokens() - started) / max(1e-9, bar.format_dict["elapsed"])
+                bar.set_postfix_str(f"{tokens():,} tokens, {rate:,.0f}/s", refresh=False)
+                bar.update(n_documents)
+                if whole and tokens() - last_saved >= SAVE_TOKENS:
+                    save()
+                    last_saved = tokens()
+    except CorpusError:
+        if whole:
+            save()
+        raise
+    finally:
+        encoded.close()
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -110,108 +221,207 @@ def _replace_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _encoded(documents, tokenizer: str, num_proc: int) -> Iterator[tuple[str, int, bytes]]:
-    """(split, number of documents, uint16 ids) of consecutive batches, in order."""
+# Tokenising ---------------------------------------------------------------------------------------
+
+
+def _encoded(documents: Iterator[tuple[str, str]], tokenizer: str,
+             num_proc: int) -> Iterator[tuple[str, int, bool, bytes]]:
+    """Consecutive batches, in order: split, number of documents that end in the batch, whether it
+    ends with the end of one, uint16 ids."""
     batches = _batched(documents)
     if num_proc == 1:
-        for split, texts in batches:
-            yield split, len(texts), _encode(tokenizer, texts)
+        for split, texts, ended in batches:
+            yield split, sum(ended), ended[-1], _encode(tokenizer, texts, ended)
         return
     with ProcessPoolExecutor(num_proc) as pool:
         pending = deque()
         try:
-            for split, texts in batches:
-                pending.append((split, len(texts), pool.submit(_encode, tokenizer, texts)))
+            for split, texts, ended in batches:
+                pending.append((split, sum(ended), ended[-1],
+                                pool.submit(_encode, tokenizer, texts, ended)))
                 if len(pending) > 2 * num_proc:
-                    split_, n, future = pending.popleft()
-                    yield split_, n, future.result()
-            for split_, n, future in pending:
-                yield split_, n, future.result()
+                    *facts, future = pending.popleft()
+                    yield *facts, future.result()
+            while pending:
+                *facts, future = pending.popleft()
+                yield *facts, future.result()
         except BrokenProcessPool:
-            raise CorpusError("a tokenising process died (out of memory?); try a smaller "
-                              "--num_proc") from None
+            raise CorpusError("a tokenising process died (out of memory?); the same command "
+                              "continues; try a smaller --num_proc") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _batched(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Groups consecutive documents of one split into lists of about BATCH_CHARACTERS."""
-    texts, size, current = [], 0, ""
-    for split, text in documents:
-        if texts and (split != current or size >= BATCH_CHARACTERS):
-            yield current, texts
-            texts, size = [], 0
-        current = split
-        texts.append(text)
-        size += len(text)
+def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str], list[bool]]]:
+    """Consecutive pieces of one split, about BATCH_CHARACTERS; whether each ends its document.
+
+    A source that fails does so after the batch of what it gave before.
+    """
+    texts, ended, size, current, failed = [], [], 0, "", None
+    try:
+        for split, text in documents:
+            for piece, ends in _pieces(text):
+                if texts and (split != current or size >= BATCH_CHARACTERS):
+                    yield current, texts, ended
+                    texts, ended, size = [], [], 0
+                current = split
+                texts.append(piece)
+                ended.append(ends)
+                size += len(piece)
+    except CorpusError as error:
+        failed = error
     if texts:
-        yield current, texts
+        yield current, texts, ended
+    if failed:
+        raise failed
 
 
-def _encode(tokenizer: str, texts: list[str]) -> bytes:
-    encoding = get_tokenizer(tokenizer)
+# Between a non-space and a line break that a non-space follows, GPT-2's pattern (and NeoX's, the
+# same) always splits: both sides tokenise as they do together. The byte-level one does so anywhere.
+_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """A long document in parts that tokenise as the whole does; the last one is marked."""
+    start = 0
+    while len(text) - start > 2 * BATCH_CHARACTERS:
+        cut = _CUT.search(text, start + BATCH_CHARACTERS)
+        if cut is None:
+            break
+        yield text[start:cut.start()], False
+        start = cut.start()
+    yield text[start:], True
+
+
+@cache
+def _worker_tokenizer(name: str):
+    return get_tokenizer(name)
+
+
+def _encode(tokenizer: str, texts: list[str], ended: list[bool]) -> bytes:
+    """uint16 ids of the pieces, end-of-text after each that ends its document."""
+    encoding = _worker_tokenizer(tokenizer)
     end = np.array([encoding.eot_token], dtype=np.uint16)
     parts = []
-    for text in texts:
+    for text, ends in zip(texts, ended, strict=True):
         # Text that spells a special token is text, as with encode_ordinary.
-        parts += [encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16), end]
+        parts.append(encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16))
+        if ends:
+            parts.append(end)
     return np.concatenate(parts).tobytes()
 
 
-def find_files(pattern: str) -> list[Path]:
-    """Files of a comma-separated list of files, folders (searched deeply) and globs, sorted.
+# Sources ------------------------------------------------------------------------------------------
 
-    Raises CorpusError when one of them matches nothing.
+
+def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],
+                    column: str = "text") -> Documents:
+    """The documents of local files: the column of parquet and jsonl files, each whole txt file.
+
+    `pattern` is a comma-separated list of files, folders (searched deeply) and globs; parquet,
+    jsonl, jsonl.gz, jsonl.zst and txt. `split(count)` gives the function from a document's number
+    to its split. Raises CorpusError when nothing matches or a file cannot be read.
     """
+    files = find_files(pattern)
+    counts = [_reader(path).count(path) for path in files]
+    total = sum(counts)
+    split_of = split(total)
+
+    def read(start: int) -> Iterator[tuple[str, str]]:
+        first = 0
+        for path, count in zip(files, counts, strict=True):
+            if start < first + count:
+                skip = max(0, start - first)
+                for row, text in enumerate(_reader(path).read(path, column, skip), first + skip):
+                    yield split_of(row), text
+            first += count
+
+    identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return Documents(pattern, hashlib.sha256(repr((identity, column)).encode()).hexdigest(), total,
+                     read)
+
+
+def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[int], str]], *,
+                  streaming: bool, column: str = "text") -> Documents:
+    """The documents of a data set of the Hugging Face hub, or of a local folder like one.
+
+    `streaming` reads them without keeping a copy on the disk. Tries the hub's own parquet
+    conversion when the main revision is refused (it may hold only a loading script). Raises
+    CorpusError when neither can be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError("the package `datasets` is missing; run pip install -r requirements.txt, "
+                          "or give local files with --input") from None
+    errors = []
+    for revision in (None, "refs/convert/parquet"):
+        try:
+            rows = datasets.load_dataset(name, split=hub_split, revision=revision,
+                                         streaming=streaming)
+            count = _count_rows(rows, hub_split)
+            break
+        except Exception as error:  # the hub's clients raise of many kinds
+            first_line = str(error).strip().partition("\n")[0]
+            errors.append(f"{type(error).__name__}: {first_line}")
+    else:
+        raise CorpusError(f"{name} could not be loaded ({'; then '.join(errors)}); check the "
+                          "network, or give local files with --input=FILES")
+    split_of = split(count)
+
+    def read(start: int) -> Iterator[tuple[str, str]]:
+        rest = rows.skip(start) if start else rows
+        for row, example in enumerate(rest, start):
+            if not isinstance(example.get(column), str):
+                raise CorpusError(f"{name}, row {row}: no text in the column {column!r}")
+            yield split_of(row), example[column]
+
+    identity = f"{name} {hub_split} {count} {rows.info.version}"
+    return Documents(name, identity, count, read)
+
+
+def _count_rows(rows, hub_split: str) -> int:
+    if hasattr(rows, "__len__"):
+        return len(rows)
+    count = rows.info.splits[hub_split].num_examples if rows.info.splits else None
+    if count is None:
+        raise CorpusError("its number of documents is not known in advance; leave out --streaming")
+    return count
+
+
+def find_files(pattern: str) -> list[Path]:
+    """Files of a comma-separated list of files, folders and globs; sorted within each."""
+    if not pattern:
+        raise CorpusError("no input: give --input=FILES (files, folders or globs)")
     files = []
     for part in pattern.split(","):
         path = Path(part)
-        found = ([p for p in path.rglob("*") if p.suffix in READERS] if path.is_dir()
-                 else [Path(p) for p in glob.glob(part, recursive=True)])
+        found = ([p for p in path.rglob("*") if _reader(p)] if path.is_dir()
+                 else [Path(p) for p in glob(part, recursive=True)])
         if not found:
-            raise CorpusError(f"--input: {part} matches no file; give parquet, jsonl or txt files, "
+            raise CorpusError(f"--input: {part} matches no file; give {', '.join(READERS)} files, "
                               "a folder or a glob")
         files += sorted(p for p in found if p.is_file())
     for path in files:
-        if path.suffix not in READERS:
+        if _reader(path) is None:
             raise CorpusError(f"--input: {path} is none of {', '.join(READERS)}")
     return files
 
 
-def count_documents(files: list[Path]) -> int:
-    """Number of documents that `read_documents` will give for these files."""
-    return sum(READERS[path.suffix][1](path) for path in files)
+@dataclass(frozen=True)
+class Reader:
+    """How a kind of file is read: its number of documents; its documents from number n on."""
+
+    count: Callable[[Path], int]
+    read: Callable[[Path, str, int], Iterator[str]]
 
 
-def read_documents(files: list[Path], column: str = "text") -> Iterator[str]:
-    """The documents of parquet and jsonl files (their column `text`) and txt files (one each).
-
-    Raises CorpusError naming file and row where there is none.
-    """
-    for path in files:
-        yield from READERS[path.suffix][0](path, column)
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow.parquet
-    file = _open_parquet(path)
-    if column not in file.schema_arrow.names:
-        raise CorpusError(f"{path} has no column {column!r}, only "
-                          f"{', '.join(file.schema_arrow.names)}")
-    row = 0
-    try:
-        for batch in file.iter_batches(batch_size=64, columns=[column]):
-            for value in batch.column(0):
-                text = value.as_py()
-                if not isinstance(text, str):
-                    raise CorpusError(f"{path}, row {row}: {column} is {text!r}, not text")
-                yield text
-                row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CorpusError(f"{path}, after row {row}: unreadable: {error}") from None
+def _reader(path: Path) -> "Reader | None":
+    return next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
 
 
 def _open_parquet(path: Path):
+    import pyarrow
     import pyarrow.parquet
     try:
         return pyarrow.parquet.ParquetFile(path)
@@ -219,37 +429,123 @@ def _open_parquet(path: Path):
         raise CorpusError(f"{path} is not a readable parquet file: {error}") from None
 
 
-def _count_parquet(path: Path) -> int:
-    return _open_parquet(path).metadata.num_rows
+def _read_parquet(path: Path, column: str, skip: int) -> Iterator[str]:
+    import pyarrow
+    file = _open_parquet(path)
+    if column not in file.schema_arrow.names:
+        raise CorpusError(f"{path} has no column {column!r}, only "
+                          f"{', '.join(file.schema_arrow.names)}")
+    groups, row = list(range(file.num_row_groups)), 0
+    while groups and row + file.metadata.row_group(groups[0]).num_rows <= skip:
+        row += file.metadata.row_group(groups.pop(0)).num_rows
+    try:
+        for batch in file.iter_batches(batch_size=64, columns=[column], row_groups=groups):
+            for value in batch.column(0):
+                if row >= skip:
+                    yield _text(value.as_py(), column, f"{path}, row {row}")
+                row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}, after row {row}: unreadable: {error}") from None
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        for row, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[column]
-            except (ValueError, KeyError, TypeError) as error:
-                raise CorpusError(f"{path}, line {row + 1}: not a JSON object with {column!r}: "
-                                  f"{error}") from None
-            if not isinstance(text, str):
-                raise CorpusError(f"{path}, line {row + 1}: {column} is {text!r}, not text")
-            yield text
+def _open_lines(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        import pyarrow
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return open(path, "rb")
 
 
-def _count_jsonl(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of the lines of a jsonl file that are not blank."""
+    import zlib
+    number = 0
+    try:
+        with _open_lines(path) as file:
+            rest = b""
+            while block := file.read(1 << 20):
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    number += 1
+                    if line.strip():
+                        yield number, line
+            if rest.strip():
+                yield number + 1, rest
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path}, after line {number}: unreadable: {error}") from None
 
 
-def _read_txt(path: Path, column: str) -> Iterator[str]:
+def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[str]:
+    for document, (number, line) in enumerate(_lines(path)):
+        if document < skip:
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)[column]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorpusError(f"{where}: not a JSON object with {column!r}: {error}") from None
+        yield _text(value, column, where)
+
+
+def _text(value: object, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: {column} is {value!r}, not text")
+    return value
+
+
+def _read_txt(path: Path, column: str, skip: int) -> Iterator[str]:
+    if skip:
+        return
     try:
         yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text: {error}") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise CorpusError(f"{path} is not readable UTF-8 text: {error}") from None
 
 
-# suffix -> (documents of a file, their number)
-READERS = {".parquet": (_read_parquet, _count_parquet), ".jsonl": (_read_jsonl, _count_jsonl),
-           ".txt": (_read_txt, lambda path: 1)}
+_JSONL = Reader(lambda path: sum(1 for _ in _lines(path)), _read_jsonl)
+READERS = {".parquet": Reader(lambda path: _open_parquet(path).metadata.num_rows, _read_parquet),
+           ".jsonl": _JSONL, ".jsonl.gz": _JSONL, ".jsonl.zst": _JSONL,
+           ".txt": Reader(lambda path: 1, _read_txt)}
+
+
+# Checking -----------------------------------------------------------------------------------------
+
+
+def verify(folder: Path, shown: int = 2) -> str:
+    """Reads a prepared folder in full; a report with a few decoded documents.
+
+    Raises CorpusError naming the file whose size, ids, checksum or number of documents is not what
+    meta.json says.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        splits, vocab_size, eot = meta["splits"], meta["vocab_size"], meta["eot_token"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{folder / 'meta.json'} is missing or damaged ({error!r}); prepare the "
+                          "folder again") from None
+    encoding = get_tokenizer(beside(folder, meta["tokenizer"]))
+    lines = []
+    for said in splits.values():
+        path = folder / said["file"]
+        if not path.is_file() or path.stat().st_size != 2 * said["tokens"]:
+            raise CorpusError(f"{path} is missing or not of {2 * said['tokens']} bytes; prepare "
+                              "the folder again")
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        digest, documents = hashlib.sha256(), 0
+        for start in range(0, len(tokens), 1 << 22):
+            block = np.asarray(tokens[start:start + (1 << 22)])
+            if block.max() >= vocab_size:
+                raise CorpusError(f"{path} holds id {block.max()} near position {start}, outside "
+                                  f"the vocabulary of {vocab_size}; prepare the folder again")
+            documents += int((block == eot).sum())
+            digest.update(block)
+        for what, found in (("sha256", digest.hexdigest()), ("documents", documents)):
+            if said[what] != found:
+                raise CorpusError(f"{path}: {what} is {found}, meta.json says {said[what]}; "
+                                  "prepare the folder again")
+        lines.append(f"{path}: {documents:,} documents, {len(tokens):,} tokens, ids and checksum "
+                     "are right")
+        head = encoding.decode(tokens[:4096].tolist()).split(EOT)[:shown]
+        lines += [f"  document {i}: {text[:200]!r}" for i, text in enumerate(head)]
+    return "\n".join(lines)

@@ -86,9 +86,12 @@ def open_dataset(name: str, block_size: int) -> Dataset:
             raise DataError(f"{folder / split}.bin holds {len(tokens)} tokens but {meta_path} says "
                             f"{said}; prepare the folder again")
         _check_ids(folder / f"{split}.bin", tokens, meta["vocab_size"])
+    tokenizer = meta["tokenizer"]
+    if (folder / tokenizer).suffix == ".json":  # a file that came with the data
+        tokenizer = str(folder / tokenizer)
     fingerprint = {split: meta["splits"].get(split, {}).get("sha256", f"{len(tokens)} tokens")
                    for split, tokens in arrays.items()}
-    return Dataset(folder, arrays["train"], arrays["val"], meta["vocab_size"], meta["tokenizer"],
+    return Dataset(folder, arrays["train"], arrays["val"], meta["vocab_size"], tokenizer,
                    fingerprint, note)
 
 

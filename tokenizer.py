@@ -1,11 +1,13 @@
-"""A tiktoken Encoding by name: "gpt2", or "bytes" (256 bytes and end-of-text).
+"""A tiktoken Encoding by name: "gpt2", or "bytes" (256 bytes and end-of-text); others by file.
 
 GPT-2's byte-pair encoding needs two published files, which tiktoken fetches once and caches;
-"bytes" needs nothing.
+"bytes" needs nothing. The path of a tokenizer.json, or a model's name on the hub, gives an object
+with the same methods through the `tokenizers` library (GPT-NeoX: EleutherAI/gpt-neox-20b).
 """
 
 import hashlib
 import os
+import re
 import socket
 import tempfile
 from pathlib import Path
@@ -28,14 +30,14 @@ class TokenizerError(ValueError):
 
 
 def get_tokenizer(name: str):
-    """The tiktoken.Encoding called `name`; its `n_vocab` counts the classes, `eot_token` ends text.
+    """The encoding called `name`; its `n_vocab` counts the classes, `eot_token` ends text.
 
-    Raises TokenizerError for an unknown name and when GPT-2's files are neither cached nor fetched.
+    Raises TokenizerError for an unknown name and when its files are neither at hand nor fetched.
     """
     if name == "bytes":
         return _bytes_encoding()
     if name != "gpt2":
-        raise TokenizerError(f"tokenizer {name!r} is none of {', '.join(NAMES)}")
+        return FileEncoding(name)
     import tiktoken
     _check_cache()
     timeout = socket.getdefaulttimeout()
@@ -51,11 +53,76 @@ def get_tokenizer(name: str):
 
 def fingerprint(encoding) -> str:
     """sha256 over the vocabulary, so that data and model can be matched."""
+    if isinstance(encoding, FileEncoding):
+        return hashlib.sha256(encoding.json.encode()).hexdigest()
     digest = hashlib.sha256(encoding._pat_str.encode())
     for token, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
         digest.update(len(token).to_bytes(4, "little") + token + rank.to_bytes(4, "little"))
     digest.update(repr(sorted(encoding._special_tokens.items())).encode())
     return digest.hexdigest()
+
+
+def beside(folder: Path, name: str) -> str:
+    """The tokenizer's name as meta.json in `folder` gives it: a file is meant in that folder."""
+    return str(folder / name) if name == FILE_NAME else name
+
+
+FILE_NAME = "tokenizer.json"
+
+
+class FileEncoding:
+    """A tokenizer.json with the methods of tiktoken.Encoding that this project uses."""
+
+    def __init__(self, name: str):
+        """`name` is a path of a tokenizer.json or a name on the hub; raises TokenizerError."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise TokenizerError(f"tokenizer {name!r} needs the package `tokenizers`; run pip "
+                                 "install -r requirements.txt") from None
+        try:
+            if name.endswith(".json"):
+                self._tokenizer = Tokenizer.from_file(name)
+            elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+                self._tokenizer = Tokenizer.from_pretrained(name)
+            else:
+                raise TokenizerError(f"tokenizer {name!r} is none of {', '.join(NAMES)}, no path "
+                                     "of a tokenizer.json and no hub name OWNER/NAME")
+        except TokenizerError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exception
+            raise TokenizerError(f"tokenizer {name} could not be read ({error}); give the path of "
+                                 "a tokenizer.json") from error
+        self.json = self._tokenizer.to_str()
+        self._tokenizer.encode_special_tokens = True  # text that spells a special token is text
+        self.n_vocab = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        eot = self._tokenizer.token_to_id(EOT)
+        if eot is None:
+            raise TokenizerError(f"tokenizer {name} has no {EOT} to end documents with")
+        self.eot_token = eot
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Ids of the text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text: str, *, disallowed_special=()):
+        """Ids of the text as an array."""
+        import numpy as np
+        return np.array(self.encode_ordinary(text), dtype=np.uint32)
+
+    def encode(self, text: str, *, allowed_special=frozenset()) -> list[int]:
+        """Ids of the text, in which end-of-text is understood when it is allowed."""
+        if EOT not in allowed_special:
+            return self.encode_ordinary(text)
+        first, *rest = text.split(EOT)
+        ids = self.encode_ordinary(first)
+        for part in rest:
+            ids += [self.eot_token, *self.encode_ordinary(part)]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _bytes_encoding():

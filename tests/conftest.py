@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from corpus import write_corpus
+from corpus import Documents, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -25,10 +25,15 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
 def data_dir(tmp_path_factory):
     """A prepared byte-level folder: this project's own source, one module for validation."""
     folder = tmp_path_factory.mktemp("data")
-    documents = [("val" if p.name == "model.py" else "train", p.read_text())
-                 for p in sorted(ROOT.glob("*.py"))]
-    write_corpus(documents, folder, "bytes", source="the project's source")
+    texts = [("val" if p.name == "model.py" else "train", p.read_text())
+             for p in sorted(ROOT.glob("*.py"))]
+    write_corpus(listed(texts), folder, "bytes")
     return folder
+
+
+def listed(documents: list[tuple[str, str]], name: str = "a list") -> Documents:
+    """(split, text) pairs as a source of documents."""
+    return Documents(name, name, len(documents), lambda start: iter(documents[start:]))
 
 
 @pytest.fixture

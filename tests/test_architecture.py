@@ -13,7 +13,7 @@ BELOW_TRAIN = {"configurator", "tokenizer", "dataloader", "distributed", "optimi
 ALLOWED = {
     "configurator": set(),
     "tokenizer": set(),
-    "corpus": {"tokenizer"},
+    "corpus": {"configurator", "tokenizer"},  # for what the prepare scripts share
     "model": set(),
     "sophia": set(),
     "dataloader": set(),
@@ -22,6 +22,7 @@ ALLOWED = {
     "checkpoint": {"distributed"},
     "metrics": set(),
     "train": BELOW_TRAIN,
+    "bench": {"configurator", "distributed", "model", "optimizers", "sophia", "train"},
     "sample": {"configurator", "checkpoint", "model", "tokenizer", "distributed"},
 }
 WITHOUT_TORCH = {"configurator", "tokenizer", "corpus"}

@@ -48,7 +48,7 @@ def test_values_may_hold_equals_signs_and_whole_floats_are_integers():
     ("--batch_size=7", "total_batch_size = 480 is not a multiple of batch_size = 7"),
     ("--hessian_batch_size=481", "is more than total_batch_size"),
     ("--hessian_chunks=7", "does not divide into hessian_chunks = 7"),
-    ("config/train_gpt2_30m_sophia.py", "did you mean config/train_gpt2_30m_sophiag.py?"),
+    ("config/train_gpt2_30m_sofiag.py", "did you mean config/train_gpt2_30m_sophiag.py?"),
 ])
 def test_each_mistake_is_refused_by_name(refused, flag, words):
     assert words in refused(train.main, [flag])

@@ -1,15 +1,26 @@
 """Preparation: nanoGPT's format, the same bytes for any number of processes, clear refusals."""
 
+import gzip
 import hashlib
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from corpus import CorpusError, find_files, read_documents, write_corpus
-from tests.conftest import ROOT, SHARED
+from corpus import (
+    CorpusError,
+    Documents,
+    hub_documents,
+    local_documents,
+    verify,
+    write_corpus,
+)
+from dataloader import open_dataset
+from tests.conftest import ROOT, SHARED, listed
 from tokenizer import EOT, TokenizerError, fingerprint, get_tokenizer
 
 GPT2_CACHE = SHARED / "tiktoken_cache"
@@ -45,6 +56,72 @@ def test_bytes_tokenizer_is_one_id_a_byte():
 def test_an_unknown_tokenizer_is_refused():
     with pytest.raises(TokenizerError, match="'gpt3' is none of gpt2, bytes"):
         get_tokenizer("gpt3")
+    with pytest.raises(TokenizerError, match=r"nowhere.json could not be read"):
+        get_tokenizer("nowhere.json")
+
+
+@pytest.fixture
+def tokenizer_json(tmp_path):
+    """A small byte-level BPE in the format of GPT-NeoX's tokenizer.json."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(["the cat sat on the mat " * 20], tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[EOT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.save(str(tmp_path / "some.json"))
+    return tmp_path / "some.json"
+
+
+def test_a_tokenizer_file_speaks_as_tiktoken_does(tokenizer_json):
+    encoding = get_tokenizer(str(tokenizer_json))
+    text = "the cat, 世界" + EOT
+    ids = encoding.encode_ordinary(text)
+    assert encoding.eot_token not in ids and encoding.decode(ids) == text
+    assert encoding.encode_to_numpy(text).tolist() == ids
+    assert encoding.encode(text, allowed_special={EOT})[-1] == encoding.eot_token
+    assert max(ids) < encoding.n_vocab <= 300
+
+
+def test_the_pile_keeps_its_splits_and_its_tokenizer(tmp_path, tokenizer_json, refused, capsys):
+    for name, count in (("train0", 5), ("train1", 4), ("val", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps({"text": f"the {name} cat {i}", "meta": {}}) + "\n" for i in range(count)))
+    module, out = script("pile"), tmp_path / "out"
+    flags = [f"--train={tmp_path}/train*.jsonl", f"--val={tmp_path}/val.jsonl",
+             f"--tokenizer={tokenizer_json}", f"--out_dir={out}"]
+    module.main(flags)
+    tokenizer_json.unlink()
+    assert (out / "tokenizer.json").is_file()
+    data = open_dataset(str(out), 4)
+    encoding = get_tokenizer(data.tokenizer)
+    assert encoding.decode(data.val.tolist()) == "".join(f"the val cat {i}{EOT}" for i in range(3))
+    assert encoding.decode(data.train.tolist()).count(EOT) == 9
+    capsys.readouterr()
+    module.main([*flags[:2], "--verify", f"--out_dir={out}"])
+    assert "3 documents" in capsys.readouterr().out
+    assert "could not be read" in refused(module.main, flags)
+    assert "give --train=FILES and --val=FILES" in refused(
+        module.main, [f"--tokenizer={out / 'tokenizer.json'}", f"--out_dir={tmp_path / 'p'}"])
+
+
+def test_any_text_is_prepared_and_one_document_is_cut_in_two(tmp_path, refused):
+    (tmp_path / "one.txt").write_text("line\n" * 100)
+    module = script("text")
+    module.main([f"--input={tmp_path / 'one.txt'}", "--tokenizer=bytes", "--val_fraction=0.1",
+                 f"--out_dir={tmp_path / 'one'}"])
+    data = open_dataset(str(tmp_path / "one"), 4)
+    assert (len(data.train), len(data.val)) == (451, 51)
+    (tmp_path / "many").mkdir()
+    for i in range(12):
+        (tmp_path / "many" / f"{i:02d}.txt").write_text(f"{i}")
+    documents = module.text_documents(str(tmp_path / "many"), 0.25)
+    assert [t for s, t in documents.read(0) if s == "val"] == ["3", "7", "11"]
+    few = module.text_documents(f"{tmp_path}/many/00.txt,{tmp_path}/many/01.txt", 0.01)
+    assert [s for s, _ in few.read(0)] == ["train", "val"]
+    assert "no input: give --input=FILES" in refused(
+        module.main, [f"--out_dir={tmp_path / 'x'}", "--tokenizer=bytes"])
 
 
 def test_a_damaged_gpt2_file_is_refused_and_kept(tmp_path, monkeypatch):
@@ -70,7 +147,7 @@ def test_without_network_or_files_gpt2_says_how_to_supply_them(tmp_path, monkeyp
 def test_files_hold_each_document_and_end_of_text_in_order(tmp_path, monkeypatch, num_proc):
     monkeypatch.setattr("corpus.BATCH_CHARACTERS", 50)
     documents = [("val" if i % 7 == 3 else "train", f"document {i} " * (i % 5)) for i in range(60)]
-    meta = write_corpus(documents, tmp_path, "bytes", source="here", num_proc=num_proc)
+    meta = write_corpus(listed(documents), tmp_path, "bytes", num_proc=num_proc)
     assert json.loads((tmp_path / "meta.json").read_text()) == meta
     for split in ("train", "val"):
         expected = [i for s, text in documents if s == split for i in [*text.encode(), 256]]
@@ -84,67 +161,235 @@ def test_files_hold_each_document_and_end_of_text_in_order(tmp_path, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_an_empty_split_or_a_failing_source_leaves_nothing_behind(tmp_path):
-    with pytest.raises(CorpusError, match="no document for the val split"):
-        write_corpus([("train", "a")], tmp_path, "bytes", source="here")
+def test_a_long_document_in_pieces_tokenises_as_a_whole(tmp_path, monkeypatch, gpt2_cache):
+    monkeypatch.setattr("corpus.BATCH_CHARACTERS", 40)
+    monkeypatch.setattr("corpus.SAVE_TOKENS", 1)
+    text = (ROOT / "README.md").read_text() + "\n\n  x\n's\r\n don't\n1\n \n2" * 20
+    write_corpus(listed([("train", text), ("val", "v"), ("train", text[::-1])]), tmp_path, "gpt2")
+    encoding = get_tokenizer("gpt2")
+    expected = [*encoding.encode_ordinary(text), encoding.eot_token,
+                *encoding.encode_ordinary(text[::-1]), encoding.eot_token]
+    assert np.fromfile(tmp_path / "train.bin", dtype=np.uint16).tolist() == expected
 
-    def failing():
-        yield "train", "a"
-        raise CorpusError("row 1 is bad")
 
-    with pytest.raises(CorpusError, match="row 1 is bad"):
-        write_corpus(failing(), tmp_path, "bytes", source="here")
-    assert not list(tmp_path.iterdir())
+def test_a_failing_source_keeps_what_is_done_and_the_next_run_ends_with_the_same_bytes(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr("corpus.BATCH_CHARACTERS", 64)
+    documents = [("val" if i % 5 == 0 else "train", f"document {i} " * 9) for i in range(40)]
+    write_corpus(listed(documents), tmp_path / "whole", "bytes")
+
+    def failing(start):
+        yield from documents[start:23]
+        raise CorpusError("row 23 is bad")
+
+    source = Documents("a list", "a list", 40, failing)
+    with pytest.raises(CorpusError, match="row 23 is bad"):
+        write_corpus(source, tmp_path / "parts", "bytes")
+    saved = json.loads((tmp_path / "parts" / "progress.json").read_text())["splits"]
+    assert (saved["train"]["documents"], saved["val"]["documents"]) == (18, 5)
+    with pytest.raises(CorpusError, match="holds half-done work on other documents"):
+        write_corpus(listed(documents, "another"), tmp_path / "parts", "bytes")
+    started = []
+
+    def rest(start):
+        started.append(start)
+        return iter(documents[start:])
+
+    write_corpus(Documents("a list", "a list", 40, rest), tmp_path / "parts", "bytes")
+    assert started == [23]
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
+
+
+def assert_same_files(a, b):
+    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    for path in a.iterdir():
+        if path.suffix == ".bin":
+            assert path.read_bytes() == (b / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc):
+    """kill -9, ten times, then to the end; progress is saved often."""
+    (tmp_path / "in.jsonl").write_text("".join(
+        json.dumps({"text": f"document {i} " * 200}) + "\n" for i in range(3000)))
+    code = ("import sys, corpus; corpus.SAVE_TOKENS = corpus.BATCH_CHARACTERS = 1 << 16\n"
+            "from pathlib import Path\n"
+            "source = corpus.local_documents(sys.argv[1], lambda n: lambda i: "
+            "'val' if i % 9 == 4 else 'train')\n"
+            "corpus.write_corpus(source, Path(sys.argv[2]), 'bytes', num_proc=int(sys.argv[3]))")
+
+    def start(out):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "in.jsonl"), str(tmp_path / out),
+             str(num_proc)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    random, kills = np.random.default_rng(num_proc), 0
+    for _ in range(60):
+        process = start("parts")
+        try:
+            code_ = process.wait(timeout=0.3 + random.random() * 0.7)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            continue
+        assert code_ == 0
+        break
+    assert kills > 0
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_full_disk_is_said_and_what_is_done_is_kept(tmp_path, monkeypatch):
+    import errno
+
+    import corpus
+
+    def full(self, ids, documents):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(corpus._SplitFile, "append", full)
+    with pytest.raises(CorpusError, match="No space left on device; what is done is kept"):
+        write_corpus(listed([("train", "a")]), tmp_path, "bytes")
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    with pytest.raises(CorpusError, match="no document for the val split in a list"):
+        write_corpus(listed([("train", "a")]), tmp_path, "bytes")
+    assert not (tmp_path / "train.bin").exists()
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl", '{"text": "x"}\n{"txt": "x"}\n', r"a.jsonl, line 2: not a JSON object with 'text'"),
-    ("a.jsonl", '{"text": "x"}\n{"te', r"a.jsonl, line 2"),
-    ("a.jsonl", '{"text": 5}\n', r"line 1: text is 5, not text"),
-    ("a.parquet", "no parquet", r"a.parquet is not a readable parquet file"),
+    ("a.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', "a.jsonl, line 2: not a JSON object with 'text'"),
+    ("a.jsonl", b'{"text": "x"}\n\n{"te', "a.jsonl, line 3"),
+    ("a.jsonl", b'{"text": 5}\n', "line 1: text is 5, not text"),
+    ("a.parquet", b"no parquet", "a.parquet is not a readable parquet file"),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz, after line 0: unreadable"),
+    ("a.jsonl.zst", b"no zstd", "a.jsonl.zst, after line 0: unreadable"),
+    ("a.txt", b"\xff\xfe", "a.txt is not readable UTF-8"),
 ])
 def test_bad_rows_are_named_by_file_and_row(tmp_path, name, content, words):
-    (tmp_path / name).write_text(content)
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=words):
-        list(read_documents(find_files(str(tmp_path))))
+        list(texts(local_documents(str(tmp_path), all_train)))
 
 
-def test_inputs_are_files_folders_and_globs(tmp_path):
+def all_train(count):
+    return lambda row: "train"
+
+
+def texts(documents, start=0):
+    return [text for _, text in documents.read(start)]
+
+
+def test_inputs_are_files_folders_and_globs_read_from_any_document_on(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"text": ["p0", "p1"], "n": [1, 2]}),
-                        tmp_path / "b.parquet")
-    (tmp_path / "a.jsonl").write_text('{"text": "j0"}\n\n{"text": "j1"}\n')
+    parquet.write_table(pyarrow.table({"text": ["p0", "p1", "p2"], "n": [1, 2, 3]}),
+                        tmp_path / "b.parquet", row_group_size=2)
+    (tmp_path / "a.jsonl").write_text('{"text": "j0"}\n\n{"text": "j1"}')
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.txt").write_text("t0")
-    assert list(read_documents(find_files(str(tmp_path)))) == ["j0", "j1", "p0", "p1", "t0"]
-    both = find_files(f"{tmp_path}/*.jsonl,{tmp_path}/sub")
-    assert list(read_documents(both)) == ["j0", "j1", "t0"]
+    with gzip.open(tmp_path / "sub" / "d.jsonl.gz", "wt") as file:
+        file.write('{"text": "g0"}\n')
+    with pyarrow.output_stream(str(tmp_path / "sub" / "e.jsonl.zst"), compression="zstd") as file:
+        file.write(b'{"text": "z0"}\n{"text": "z1"}\n')
+    everything = local_documents(str(tmp_path), all_train)
+    expected = ["j0", "j1", "p0", "p1", "p2", "t0", "g0", "z0", "z1"]
+    assert everything.count == 9
+    for start in range(10):
+        assert texts(everything, start) == expected[start:]
+    both = local_documents(f"{tmp_path}/*.jsonl,{tmp_path}/sub/c.txt", all_train)
+    assert texts(both) == ["j0", "j1", "t0"]
+    assert both.identity != everything.identity
     with pytest.raises(CorpusError, match="matches no file"):
-        find_files(str(tmp_path / "*.csv"))
+        local_documents(str(tmp_path / "*.csv"), all_train)
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "d.parquet")
     with pytest.raises(CorpusError, match="no column 'text', only body"):
-        list(read_documents([tmp_path / "d.parquet"]))
+        texts(local_documents(str(tmp_path / "d.parquet"), all_train))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_folder_stands_in_for_the_hub(tmp_path, monkeypatch, gpt2_cache, streaming,
+                                              refused):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    rows = [f"document {i}" for i in range(30)]
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for part in (0, 1):
+        parquet.write_table(pyarrow.table({"text": rows[15 * part:15 * part + 15]}),
+                            tmp_path / "hub" / "data" / f"train-0000{part}-of-00002.parquet")
+    (tmp_path / "hub" / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  splits:\n"
+        "  - name: train\n    num_bytes: 330\n    num_examples: 30\n  download_size: 1\n"
+        "  dataset_size: 330\n---\n")
+    module = script("openwebtext")
+    module.main([f"--hub={tmp_path / 'hub'}", f"--out_dir={tmp_path / 'out'}",
+                 f"--streaming={streaming}"])
+    documents = hub_documents(str(tmp_path / "hub"), "train", module.validation_split,
+                              streaming=streaming)
+    assert texts(documents, 12) == rows[12:]
+    ids = np.fromfile(tmp_path / "out" / "train.bin", dtype=np.uint16)
+    assert get_tokenizer("gpt2").decode(ids.tolist()).count(EOT) == 29
+    assert "could not be loaded" in refused(module.main, [f"--hub={tmp_path / 'nowhere'}"])
 
 
 def test_openwebtext_takes_nanogpts_validation_documents():
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"row": list(range(5001))})
     split = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    split_of = script("openwebtext").validation_split(5001)
+    assert {row for row in range(5001) if split_of(row) == "val"} == set(split["test"]["row"])
+
+
+def test_the_full_openwebtext_is_checked_against_the_published_counts():
     module = script("openwebtext")
-    assert module.validation_rows(5001) == set(split["test"]["row"])
-    assert [s for s, _ in module.with_split(["a", "b"], 2)].count("val") == 1
+    published = module.PUBLISHED
+    splits = {"train": dict(tokens=published["train"], documents=published["documents"] - 4007),
+              "val": dict(tokens=published["val"], documents=4007)}
+    module.check_published(dict(splits=splits))
+    splits["val"]["tokens"] += 1
+    with pytest.raises(CorpusError, match="val.bin holds 4,434,898 tokens, nanoGPT's 4,434,897"):
+        module.check_published(dict(splits=splits))
 
 
 def test_openwebtext_prepares_local_files(tmp_path, gpt2_cache, capsys, refused):
     (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(20)))
     module = script("openwebtext")
     module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out_dir={tmp_path / 'out'}"])
-    assert "train, 19 documents" in capsys.readouterr().out
-    ids = np.fromfile(tmp_path / "out" / "train.bin", dtype=np.uint16)
-    assert get_tokenizer("gpt2").decode(ids.tolist()).count(EOT) == 19
+    assert "train.bin: 19 documents" in capsys.readouterr().out
+    module.main([f"--out_dir={tmp_path / 'out'}", "--verify"])
+    report = capsys.readouterr().out
+    assert "19 documents" in report and "document 0: 'document " in report
     assert "matches no file" in refused(module.main, [f"--input={tmp_path / 'none.txt'}"])
     assert "unknown key inptu in flag" in refused(module.main, ["--inptu=x"])
+    (tmp_path / "one.txt").write_text("x")
+    assert "1 document is not enough" in refused(module.main, [f"--input={tmp_path / 'one.txt'}",
+                                                               f"--out_dir={tmp_path / 'o'}"])
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda p: (p / "meta.json").unlink(), "meta.json is missing or damaged"),
+    (lambda p: (p / "val.bin").unlink(), "val.bin is missing or not of"),
+    (lambda p: (p / "train.bin").write_bytes((p / "train.bin").read_bytes()[:-2]), "train.bin is"),
+    (lambda p: flip(p / "train.bin", 0), "train.bin: sha256 is"),
+    (lambda p: flip(p / "val.bin", 3), "val.bin holds id"),
+])
+def test_verify_finds_what_is_wrong_by_file(tmp_path, spoil, words):
+    write_corpus(listed([("train", "abc" * 50), ("val", "xyz"), ("train", "b")]), tmp_path, "bytes")
+    assert "document 1: 'b'" in verify(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(CorpusError, match=words):
+        verify(tmp_path)
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 64
+    path.write_bytes(content)
 
 
 def test_stdlib_prepares_the_running_pythons_library(tmp_path, capsys):
@@ -153,6 +398,4 @@ def test_stdlib_prepares_the_running_pythons_library(tmp_path, capsys):
     assert meta["splits"]["train"]["tokens"] > 2_000_000
     share = meta["splits"]["val"]["tokens"] / meta["splits"]["train"]["tokens"]
     assert 0.01 < share < 0.2
-    val = np.fromfile(tmp_path / "val.bin", dtype=np.uint16)
-    text = get_tokenizer("bytes").decode(val.tolist())
-    assert "import " in text
+    assert "import " in verify(tmp_path)

@@ -55,7 +55,7 @@ def test_keyed_streams_differ_by_seed_purpose_and_index_and_never_change():
     assert len(draws) == 2 * len(PURPOSES) * 3
     # Any change here changes the data order of every stored run.
     assert keyed_seed(1337, "hessian", 10) == 723611161988692919
-    assert batches(seed=1337).window(0) == 55
+    assert batches(seed=1337).window(0) == 98
 
 
 def test_validation_windows_are_evenly_spaced_and_all_of_them_on_request():
@@ -90,7 +90,7 @@ def test_missing_data_says_how_to_prepare_it(refused):
     line = refused(train.main, ["--dataset=openwebtext", "--device=cpu"])
     assert "train.bin not found; run python data/openwebtext/prepare.py" in line
     line = refused(train.main, ["--dataset=nowhere", "--device=cpu"])
-    assert "--dataset takes a prepared folder, or one of data/: openwebtext, stdlib" in line
+    assert "--dataset takes a prepared folder, or one of data/: openwebtext, pile, stdlib" in line
 
 
 @pytest.mark.parametrize("spoil, words", [

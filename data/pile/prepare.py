@@ -1,0 +1,75 @@
+"""Prepares the Pile (or jsonl.zst shards like it) with the GPT-NeoX tokenizer.
+
+    python data/pile/prepare.py --train='pile/train/*.jsonl.zst' --val=pile/val.jsonl.zst
+    python data/pile/prepare.py --hub=NAME --streaming
+
+The corpus's own training and validation splits are kept. The tokenizer is a tokenizer.json, given
+by path, or the hub's EleutherAI/gpt-neox-20b by name; a copy goes beside the data.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from configurator import knob, load_or_exit  # noqa: E402
+from corpus import (  # noqa: E402
+    CorpusError,
+    Documents,
+    PrepareSettings,
+    hub_documents,
+    local_documents,
+    prepare,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PileSettings(PrepareSettings):
+    """The settings of this script."""
+
+    train: str = knob("", "local training files: a comma-separated list of files, folders, globs")
+    val: str = knob("", "local validation files, likewise")
+    hub: str = knob("", "instead of files: data set of the hub, or a local folder like one")
+    hub_val_split: str = knob("validation", "with hub, the name of its validation split")
+    streaming: bool = knob(False, "read the hub without keeping a copy on the disk")
+    tokenizer: str = knob("EleutherAI/gpt-neox-20b", "path of a tokenizer.json, or a hub name")
+
+
+def pile_documents(settings: PileSettings) -> Documents:
+    """Validation documents first, then training documents, each with its split's name."""
+    if settings.hub:
+        parts = [hub_documents(settings.hub, hub_split, _all(split), streaming=settings.streaming)
+                 for split, hub_split in (("val", settings.hub_val_split), ("train", "train"))]
+    elif settings.train and settings.val:
+        parts = [local_documents(settings.val, _all("val")),
+                 local_documents(settings.train, _all("train"))]
+    else:
+        raise CorpusError("give --train=FILES and --val=FILES, or --hub=NAME")
+    first, second = parts
+
+    def read(start: int) -> Iterator[tuple[str, str]]:
+        if start < first.count:
+            yield from first.read(start)
+        yield from second.read(max(0, start - first.count))
+
+    return Documents(second.name, first.identity + second.identity, first.count + second.count,
+                     read)
+
+
+def _all(split: str):
+    return lambda count: lambda row: split
+
+
+def main(argv: list[str]) -> None:
+    """Prepares the corpus; exits with 2 and one line when it cannot."""
+    settings = load_or_exit(PileSettings, argv, "python data/pile/prepare.py [--key=value]")
+    if prepare(settings, HERE, lambda: pile_documents(settings), settings.tokenizer):
+        dataset = settings.out_dir or "pile"
+        print(f"next: python train.py CONFIG --dataset={dataset}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

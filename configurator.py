@@ -74,6 +74,8 @@ class Config(Settings):
 
     dataset: str = knob("openwebtext", "folder under data/, or a path, with train.bin and val.bin",
                         section="data")
+    sampling: Literal["epochs", "random"] = knob(
+        "epochs", "every window once before any again, or nanoGPT's random places")
     block_size: int = knob(1024, "context length", unit="tokens", low=1)
     batch_size: int = knob(15, "sequences per micro-batch and rank", low=1)
     total_batch_size: int = knob(480, "sequences per step over all ranks and micro-batches", low=1)
@@ -355,8 +357,9 @@ def help_text(cls: type, usage: str) -> str:
             lines += ["", meta["section"]]
         choices = get_args(f.type) if get_origin(f.type) is Literal else ()
         kind = "|".join(choices) if choices else f.type.__name__
-        notes = ", ".join(filter(None, [f"default {f.default!r}", meta["unit"], _range_words(meta)]))
-        lines += [f"  --{f.name}={kind}", f"      {meta['meaning']} ({notes})"]
+        notes = [f"default {f.default!r}", meta["unit"], _range_words(meta)]
+        lines += [f"  --{f.name}={kind}",
+                  f"      {meta['meaning']} ({', '.join(filter(None, notes))})"]
     return "\n".join(lines)
 
 

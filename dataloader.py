@@ -6,6 +6,9 @@ any number of ranks sees the same rows, and a resumed run continues exactly. Kno
 """
 
 import json
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 # Streams of random numbers that must not meet; part of the key of every generator.
-PURPOSES = ("epoch", "hessian", "dropout", "hessian_dropout")
+PURPOSES = ("epoch", "hessian", "dropout", "hessian_dropout", "random")
 
 
 class DataError(ValueError):
@@ -130,20 +133,27 @@ def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int, sample: int = 1 
 class TrainBatches:
     """Rows of any training step, for any rank."""
 
-    def __init__(self, tokens: np.ndarray, *, block_size: int, total_batch_size: int, seed: int):
+    def __init__(self, tokens: np.ndarray, *, block_size: int, total_batch_size: int, seed: int,
+                 sampling: str = "epochs"):
+        """`sampling` is "epochs" (every window once before any again) or "random" (nanoGPT's:
+        windows at random places, with replacement)."""
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
-        self.total_batch_size = total_batch_size
+        self.total_batch_size, self.sampling = total_batch_size, sampling
         self.windows = (len(tokens) - 1) // block_size
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
-    def rows(self, step: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 (stop - start, block_size), of rows start..stop of a step."""
-        first = step * self.total_batch_size
-        windows = [self.window(s) for s in range(first + start, first + stop)]
-        return gather_windows(self.tokens, windows, self.block_size)
+    def rows(self, step: int, start: int, stop: int) -> Tensor:
+        """Token ids, int64 (stop - start, block_size + 1), of rows start..stop of a step."""
+        if self.sampling == "random":
+            bits = keyed_bits(self.total_batch_size, self.seed, "random", step)[start:stop]
+            places = (bits % np.uint64(len(self.tokens) - self.block_size)).tolist()
+        else:
+            first = step * self.total_batch_size
+            places = [self.block_size * self.window(s) for s in range(first + start, first + stop)]
+        return gather(self.tokens, places, self.block_size)
 
     def window(self, sample: int) -> int:
-        """Which window sample number `sample` of the endless sequence is."""
+        """Which window sample number `sample` of the endless sequence of epochs is."""
         epoch, place = divmod(sample, self.windows)
         return int(self._permutation(epoch)[place])
 
@@ -158,26 +168,57 @@ class ValidationWindows:
         available = (len(tokens) - 1) // block_size
         count = min(available, limit) if limit else available
         self.tokens, self.block_size = tokens, block_size
-        self.windows = [available * i // count for i in range(count)]
+        self.places = [block_size * (available * i // count) for i in range(count)]
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.places)
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, int64 (stop - start, block_size), of windows start..stop."""
-        return gather_windows(self.tokens, self.windows[start:stop], self.block_size)
-
-
-def gather_windows(tokens: np.ndarray, windows: list[int], T: int) -> tuple[Tensor, Tensor]:
-    """Inputs and next-token targets (len(windows), T) of the windows with these numbers."""
-    rows = np.stack([tokens[w * T:w * T + T + 1] for w in windows]).astype(np.int64)
-    rows = torch.from_numpy(rows)  # (n, T + 1)
-    return rows[:, :-1], rows[:, 1:]
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Token ids, int64 (stop - start, block_size + 1), of windows start..stop."""
+        return gather(self.tokens, self.places[start:stop], self.block_size)
 
 
-def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The batch on the device; on CUDA through pinned memory, without waiting."""
-    if device.type == "cuda":
-        return tuple(part.contiguous().pin_memory().to(device, non_blocking=True)
-                     for part in batch)
-    return tuple(part.contiguous().to(device) for part in batch)
+class Prefetcher:
+    """TrainBatches whose next step is read by a thread while this one is computed.
+
+    Gives the same rows. On CUDA they lie in pinned memory, so that the copy does not wait.
+    `seconds_waited` counts the time that `rows` made its caller wait.
+    """
+
+    def __init__(self, batches: TrainBatches, wanted: Callable[[int], list[tuple[int, int]]],
+                 device: torch.device):
+        """`wanted(step)` lists the (start, stop) ranges of rows that a step will ask for."""
+        self.batches, self.wanted, self.pin = batches, wanted, device.type == "cuda"
+        self.seconds_waited = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._steps: dict[int, Future] = {}
+
+    def rows(self, step: int, start: int, stop: int) -> Tensor:
+        """As TrainBatches.rows, for rows within one of the ranges wanted."""
+        began = time.perf_counter()
+        for expected in (step, step + 1):
+            if expected not in self._steps:
+                self._steps[expected] = self._thread.submit(self._load, expected)
+        parts = self._steps[step].result()
+        self.seconds_waited += time.perf_counter() - began
+        for past in [s for s in self._steps if s not in (step, step + 1)]:
+            del self._steps[past]
+        for (first, last), rows in parts.items():
+            if first <= start and stop <= last:
+                return rows[start - first:stop - first]
+        raise IndexError(f"rows {start}..{stop} are in none of the ranges {list(parts)}")
+
+    def _load(self, step: int) -> dict[tuple[int, int], Tensor]:
+        rows = {part: self.batches.rows(step, *part) for part in self.wanted(step)}
+        return {part: r.pin_memory() for part, r in rows.items()} if self.pin else rows
+
+
+def gather(tokens: np.ndarray, places: list[int], T: int) -> Tensor:
+    """Token ids, int64 (len(places), T + 1), from each place on."""
+    return torch.from_numpy(np.stack([tokens[p:p + T + 1] for p in places]).astype(np.int64))
+
+
+def inputs_and_targets(rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows (n, T + 1) as inputs and next-token targets (n, T) on the device, without waiting."""
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

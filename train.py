@@ -39,11 +39,12 @@ from configurator import (
 from dataloader import (
     DataError,
     Dataset,
+    Prefetcher,
     TrainBatches,
     ValidationWindows,
+    inputs_and_targets,
     keyed_seed,
     open_dataset,
-    to_device,
 )
 from distributed import (
     DeviceError,
@@ -63,7 +64,7 @@ from tokenizer import TokenizerError, get_tokenizer
 
 MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.
-RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "optimizer")
+RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer")
 
 
 class TrainingError(RuntimeError):
@@ -80,7 +81,7 @@ class Run:
     wrapped: nn.Module  # the model, averaging gradients over ranks
     optimizer: torch.optim.Optimizer
     estimator: Estimator | None
-    batches: TrainBatches
+    batches: Prefetcher
     norm_clipped: Tensor  # steps whose gradient norm was clipped, since the last record
 
     def autocast(self):
@@ -157,8 +158,16 @@ def build_run(config: Config, ranks: Ranks, data: Dataset) -> Run:
         model.compile()
     optimizer, estimator = build(config, model, num_classes=data.vocab_size,
                                  all_reduce=sum_over_ranks if ranks.world_size > 1 else None)
-    batches = TrainBatches(data.train, block_size=config.block_size, seed=config.seed,
-                           total_batch_size=config.total_batch_size)
+
+    def wanted(step: int) -> list[tuple[int, int]]:
+        estimates = estimator is not None and step % config.hessian_interval == 0
+        sizes = [config.total_batch_size] + [config.hessian_batch_size] * estimates
+        return [ranks.share(size) for size in sizes]
+
+    batches = Prefetcher(
+        TrainBatches(data.train, block_size=config.block_size, seed=config.seed,
+                     total_batch_size=config.total_batch_size, sampling=config.sampling),
+        wanted, ranks.device)
     return Run(config, ranks, model, wrap(model, ranks), optimizer, estimator, batches,
                torch.zeros((), device=ranks.device))
 
@@ -173,8 +182,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     first, last = run.ranks.share(config.total_batch_size)
     mean_loss = torch.zeros((), device=run.ranks.device)
     for row in range(first, last, config.batch_size):
-        idx, targets = to_device(run.batches.rows(step, row, row + config.batch_size),
-                                 run.ranks.device)
+        rows = run.batches.rows(step, row, row + config.batch_size)
+        idx, targets = inputs_and_targets(rows, run.ranks.device)
         _seed_dropout(config, "dropout", step, row)
         with gradient_sync(run.wrapped, on=row + config.batch_size == last):
             with run.autocast():
@@ -193,7 +202,7 @@ def update_curvature(run: Run, step: int) -> None:
     """Algorithm 3, lines 6-10: an estimate at the current parameters, on rows of this batch."""
     config = run.config
     first, last = run.ranks.share(config.hessian_batch_size)
-    idx, targets = to_device(run.batches.rows(step, first, last), run.ranks.device)
+    idx, targets = inputs_and_targets(run.batches.rows(step, first, last), run.ranks.device)
     bare = run.model.forward if run.estimator.second_derivatives else run.model
     row = first
 
@@ -217,7 +226,7 @@ def evaluate(run: Run, windows: ValidationWindows) -> float:
     losses, sizes = [], []
     for row in range(first, last, run.config.batch_size):
         stop = min(row + run.config.batch_size, last)
-        idx, targets = to_device(windows.rows(row, stop), run.ranks.device)
+        idx, targets = inputs_and_targets(windows.rows(row, stop), run.ranks.device)
         with run.autocast():
             losses.append(run.model(idx, targets))
         sizes.append(stop - row)
@@ -239,7 +248,7 @@ def _loop(run: Run, data: Dataset, out_dir: Path, recorder: Recorder, first_step
     for step in range(first_step, config.max_iters):
         loss, grad_norm = train_step(run, step)
         done, last = step + 1, step + 1 == config.max_iters
-        clock.count(config.tokens_per_step)
+        clock.steps += 1
         record = {}
         if step % config.log_interval == 0 or last:
             record |= _measure(run, step, loss, grad_norm, clock)
@@ -253,15 +262,10 @@ def _loop(run: Run, data: Dataset, out_dir: Path, recorder: Recorder, first_step
 
 
 class _Clock:
-    """Steps and tokens per second of training alone: time in `paused()` is left out."""
+    """Steps and seconds of training alone: time in `paused()` is left out."""
 
     def __init__(self):
-        self.start, self.tokens, self.steps = time.perf_counter(), 0, 0
-
-    def count(self, tokens: int) -> None:
-        """Counts a step of so many tokens."""
-        self.tokens += tokens
-        self.steps += 1
+        self.start, self.steps = time.perf_counter(), 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -270,11 +274,11 @@ class _Clock:
         self.start += time.perf_counter() - began
 
     def read(self) -> tuple[int, float]:
-        """Steps, and tokens per second, since the last reading."""
+        """Steps and seconds since the last reading."""
         now = time.perf_counter()
-        steps, rate = self.steps, self.tokens / (now - self.start)
-        self.start, self.tokens, self.steps = now, 0, 0
-        return steps, rate
+        found = self.steps, now - self.start
+        self.start, self.steps = now, 0
+        return found
 
 
 def _measure(run: Run, step: int, loss: Tensor, grad_norm: Tensor, clock: _Clock) -> dict:
@@ -288,14 +292,16 @@ def _measure(run: Run, step: int, loss: Tensor, grad_norm: Tensor, clock: _Clock
     values = torch.stack([value.float() for value in measured.values()]).tolist()  # sync
     record = dict(zip(measured, values, strict=True))
     run.norm_clipped.zero_()
-    steps, rate = clock.read()
+    steps, seconds = clock.read()
     record["norm_clip_rate"] /= steps
+    record["data_wait_fraction"] = run.batches.seconds_waited / seconds
+    run.batches.seconds_waited = 0.0
     if not math.isfinite(record["train/loss"]):
         raise TrainingError(f"step {step}: the loss is {record['train/loss']}; resume from an "
                             "earlier checkpoint with a lower learning_rate or longer warm-up")
     record["lr"] = cosine_lr(run.config, step)
     record["tokens"] = (step + 1) * run.config.tokens_per_step
-    record["tokens_per_second"] = rate
+    record["tokens_per_second"] = steps * run.config.tokens_per_step / seconds
     device = run.ranks.device
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
@@ -391,7 +397,7 @@ def _announce(run: Run, data: Dataset, out_dir: Path) -> None:
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device
     print(f"model: {run.model.num_params(non_embedding=False):,} parameters, "
           f"{run.model.flops_per_token() / 1e6:,.1f} MFLOP per token")
-    epoch = config.total_batch_size / run.batches.windows
+    epoch = config.total_batch_size / run.batches.batches.windows
     print(f"run: {config.tokens_per_step:,} tokens per step, {config.max_iters:,} steps = "
           f"{config.max_iters * epoch:,.2f} epochs of {data.folder}, {ranks.world_size} x {name}, "
           f"{config.dtype}", flush=True)

@@ -10,21 +10,23 @@ import train
 from dataloader import (
     PURPOSES,
     DataError,
+    Prefetcher,
     TrainBatches,
     ValidationWindows,
+    inputs_and_targets,
     keyed_bits,
     keyed_seed,
     open_dataset,
 )
 
 
-def batches(tokens=1001, block_size=10, total_batch_size=7, seed=0):
+def batches(tokens=1001, block_size=10, total_batch_size=7, seed=0, sampling="epochs"):
     return TrainBatches(np.arange(tokens, dtype=np.uint16), block_size=block_size,
-                        total_batch_size=total_batch_size, seed=seed)
+                        total_batch_size=total_batch_size, seed=seed, sampling=sampling)
 
 
 def first_tokens(loader, step):
-    return loader.rows(step, 0, loader.total_batch_size)[0][:, 0].tolist()
+    return loader.rows(step, 0, loader.total_batch_size)[:, 0].tolist()
 
 
 def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
@@ -37,16 +39,37 @@ def test_an_epoch_visits_every_window_once_and_the_next_in_another_order():
 
 
 def test_targets_are_the_next_tokens():
-    x, y = batches().rows(3, 0, 7)
+    x, y = inputs_and_targets(batches().rows(3, 0, 7), torch.device("cpu"))
     assert x.shape == y.shape == (7, 10) and x.dtype == torch.int64
     assert torch.equal(y, x + 1)
 
 
+def test_random_sampling_draws_any_place_by_seed_and_step():
+    loader = batches(total_batch_size=500, sampling="random")
+    rows = loader.rows(2, 0, 500)
+    assert torch.equal(rows[100:200], batches(total_batch_size=500, sampling="random")
+                       .rows(2, 100, 200))
+    starts = rows[:, 0]
+    assert starts.max() <= 990 and len(set((starts % 10).tolist())) == 10
+    assert not torch.equal(rows, loader.rows(3, 0, 500))
+
+
+def test_prefetching_gives_the_same_rows_in_any_order():
+    plain = batches()
+    loader = Prefetcher(batches(), lambda step: [(0, 7), (2, 4)], torch.device("cpu"))
+    for step in (0, 1, 2, 5, 3, 3):
+        assert torch.equal(loader.rows(step, 0, 3), plain.rows(step, 0, 3))
+        assert torch.equal(loader.rows(step, 2, 4), plain.rows(step, 2, 4))
+    assert loader.seconds_waited > 0
+    with pytest.raises(IndexError, match="rows 5..8 are in none"):
+        loader.rows(3, 5, 8)
+
+
 def test_rows_do_not_depend_on_what_was_read_before_or_on_the_split_over_ranks():
-    whole = batches().rows(19, 0, 7)[0]  # straddles the end of an epoch of 100 windows
-    parts = torch.cat([batches().rows(19, a, b)[0] for a, b in ((0, 3), (3, 7))])
+    whole = batches().rows(19, 0, 7)  # straddles the end of an epoch of 100 windows
+    parts = torch.cat([batches().rows(19, a, b) for a, b in ((0, 3), (3, 7))])
     assert torch.equal(whole, parts)
-    assert not torch.equal(whole, batches(seed=1).rows(19, 0, 7)[0])
+    assert not torch.equal(whole, batches(seed=1).rows(19, 0, 7))
 
 
 def test_keyed_streams_differ_by_seed_purpose_and_index_and_never_change():
@@ -61,7 +84,7 @@ def test_keyed_streams_differ_by_seed_purpose_and_index_and_never_change():
 def test_validation_windows_are_evenly_spaced_and_all_of_them_on_request():
     tokens = np.arange(1001, dtype=np.uint16)
     some = ValidationWindows(tokens, block_size=10, limit=4)
-    assert some.rows(0, 4)[0][:, 0].tolist() == [0, 250, 500, 750]
+    assert some.rows(0, 4)[:, 0].tolist() == [0, 250, 500, 750]
     assert len(ValidationWindows(tokens, block_size=10, limit=0)) == 100
     assert len(ValidationWindows(tokens, block_size=10, limit=10**6)) == 100
 

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Of the controlled gamma: weight of the past, coordinates looked at per tensor and per row.
-CONTROL_MEMORY, CONTROL_SAMPLE, CONTROL_SAMPLE_ROW = 0.8, 4096, 64
+# Of the controlled gamma: weight of the past, coordinates looked at per row and per tensor.
+CONTROL_MEMORY, CONTROL_PER_ROW, CONTROL_PER_TENSOR = 0.8, 64, 4096
 
 
 class Sophia(torch.optim.Optimizer):
@@ -135,13 +135,10 @@ class Sophia(torch.optim.Optimizer):
         return loss
 
     def _update(self, p: Tensor, state: dict, group: dict) -> None:
-        m, h, gamma = state["exp_avg"], state["hessian"], _gamma(state, group)
-        rest = (group["lr"], 1 - group["lr"] * group["weight_decay"], group["betas"][0],
-                group["eps"])
-        if group["compiled"]:
-            _run_compiled(p, p.grad, m, h, gamma, *rest)
-        else:
-            sophia_update(p, p.grad, m, h, gamma, *rest)
+        update = _run_compiled if group["compiled"] else sophia_update
+        tensors = (p, p.grad, state["exp_avg"], state["hessian"], _gamma(state, group))
+        update(*map(_local, tensors), group["lr"], 1 - group["lr"] * group["weight_decay"],
+               group["betas"][0], group["eps"])
 
     def _curvature(self, hhat: Tensor) -> Tensor:
         """What h averages."""
@@ -257,10 +254,7 @@ def control_gamma(old: Tensor | None, g: Tensor, m: Tensor, h: Tensor, *, beta1:
     with `rows` one per row, shape (rows, 1, ...). 0 until there has been a positive curvature.
     """
     shape = (-1, *[1] * (g.dim() - 1)) if rows else ()
-    if rows:
-        g, m, h = (_every(x.flatten(1), CONTROL_SAMPLE_ROW) for x in (g, m, h))  # (rows, n)
-    else:
-        g, m, h = (_every(x.reshape(1, -1), CONTROL_SAMPLE) for x in (g, m, h))  # (1, n)
+    g, m, h = (_sample(x, rows) for x in (g, m, h))  # (rows, n) or (1, n)
     ratio = torch.where(h > 0, m.lerp(g.to(m.dtype), 1 - beta1).abs() / h, math.inf)
     positive = (h > 0).sum(dim=1, keepdim=True)
     place = (target * positive).ceil().long().sub_(1).clamp_min_(0)
@@ -272,9 +266,20 @@ def control_gamma(old: Tensor | None, g: Tensor, m: Tensor, h: Tensor, *, beta1:
     return torch.where(usable, torch.where(old > 0, smooth, new), old)
 
 
-def _every(x: Tensor, limit: int) -> Tensor:
-    """At most `limit` evenly spaced columns of (rows, n)."""
-    return x[:, ::-(-x.size(1) // limit)]
+def _sample(x: Tensor, rows: bool) -> Tensor:
+    """Evenly spaced coordinates: (rows, n) of every row, or (1, n) of the whole tensor."""
+    x = x.flatten(1) if x.dim() > 1 else x.reshape(-1, 1)
+    x = x[:, ::-(-x.size(1) // CONTROL_PER_ROW)]  # (rows, n)
+    if rows:
+        return x
+    if hasattr(x, "full_tensor"):  # a shard: the sample of all ranks, a small part of the tensor
+        x = x.full_tensor()
+    return x[::-(-x.numel() // CONTROL_PER_TENSOR)].reshape(1, -1)
+
+
+def _local(x):
+    """This rank's part of a sharded tensor (FSDP2); anything else as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def _gamma(state: dict, group: dict):

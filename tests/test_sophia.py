@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sophia import (
     hutchinson,
     sample_labels,
 )
+from tests.conftest import torchrun
 
 
 def one_step(theta, grad, hessian, **settings):
@@ -130,6 +132,10 @@ def test_wrong_estimates_and_sparse_gradients_are_refused():
     p.grad = torch.zeros(2, 3).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
+
+
+def has_compiler():
+    return any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
 # Gauss-Newton-Bartlett -------------------------------------------------------------------------
@@ -478,10 +484,10 @@ def controlled(shape, **options):
 
 @pytest.mark.parametrize("target", [0.2, 0.95])
 def test_controlled_gamma_leaves_the_target_fraction_of_the_tensor_unclipped(target):
-    p, optimizer = controlled((64, 50), gamma_target=target)
+    p, optimizer = controlled((60, 50), gamma_target=target)
     assert optimizer.state[p]["gamma"].shape == ()
     statistics = optimizer.statistics()
-    assert statistics["unclipped_fraction"].item() == pytest.approx(target, abs=2 / 3200)
+    assert statistics["unclipped_fraction"].item() == pytest.approx(target, abs=2 / 3000)
     assert statistics["gamma"] == pytest.approx(optimizer.state[p]["gamma"].item())
 
 
@@ -496,7 +502,7 @@ def test_with_rows_every_row_has_its_own_whatever_its_curvature():
 
 def test_large_tensors_are_sampled_evenly():
     p, optimizer = controlled((500, 1000), gamma_target=0.5)
-    assert optimizer.statistics()["unclipped_fraction"].item() == pytest.approx(0.5, abs=0.01)
+    assert optimizer.statistics()["unclipped_fraction"].item() == pytest.approx(0.5, abs=0.03)
 
 
 def test_gamma_is_smoothed_in_the_logarithm_and_kept_where_there_is_no_curvature():
@@ -570,8 +576,7 @@ def test_sophia_g_and_h_are_the_papers_settings():
 @pytest.mark.parametrize("options", [{}, dict(gamma_target=0.5),
                                      dict(gamma_target=0.5, gamma_rows=True)])
 def test_the_compiled_update_equals_the_eager_one(options):
-    import shutil
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if not has_compiler():
         pytest.skip("torch.compile needs a C++ compiler")
     results = []
     for compiled in (False, True):
@@ -588,6 +593,12 @@ def test_the_compiled_update_equals_the_eager_one(options):
             optimizer.step()
         results.append(torch.cat([p.detach().flatten() for p in params]))
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_on_fsdp2_shards_it_steps_as_on_whole_parameters():
+    cases = ["plain", "tensors", "rows"] + ["compiled"] * has_compiler()
+    result = torchrun(2, "-m", "tests.fsdp_worker", *cases)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 # A library -------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""Run by test_sophia.py under torchrun: Sophia on FSDP2 shards against the whole parameters."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from model import GPT, GPTConfig
+from sophia import Sophia
+
+OPTIONS = {"plain": {}, "compiled": dict(compiled=True), "tensors": dict(gamma_target=0.9),
+           "rows": dict(gamma_target=0.9, gamma_rows=True)}
+
+
+def trained(sharded: bool, options: dict) -> list[torch.Tensor]:
+    """Parameters, m and h after four steps, in full."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=33))
+    if sharded:
+        for block in model.transformer.h:
+            fully_shard(block)
+        fully_shard(model)
+    optimizer = Sophia(model.parameters(), lr=1e-2, gamma=1.0, **options)
+    idx = torch.randint(33, (4, 8), generator=torch.Generator().manual_seed(1))
+    for step in range(4):
+        model(idx, idx).backward()
+        if step % 2 == 0:
+            optimizer.update_hessian([32 * p.grad * p.grad for p in optimizer.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = [x for p in optimizer.parameters()
+               for x in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["hessian"])]
+    return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in tensors]
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for name in sys.argv[1:]:
+        for a, b in zip(trained(True, OPTIONS[name]), trained(False, OPTIONS[name]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()

@@ -270,3 +270,14 @@ def test_sampling_continues_a_prompt_and_repeats_with_its_seed(tiny, tmp_path, c
     assert "holds no checkpoint" in refused(sample.main, [f"--out_dir={tmp_path / 'none'}"])
     assert "cannot read" in refused(sample.main, [f"--out_dir={tmp_path / 'run'}",
                                                   "--start=FILE:/nowhere", "--device=cpu"])
+
+
+def test_losses_of_a_run_are_drawn(tiny, tmp_path, capsys, refused):
+    pytest.importorskip("matplotlib")
+    from experiments import plot
+    run_train(*tiny())
+    for name in ("losses.svg", "losses.png"):
+        plot.main([f"--runs={tmp_path / 'run'}", f"--file={tmp_path / name}", "--x=tokens"])
+        assert (tmp_path / name).stat().st_size > 5000
+    assert "cannot be read" in refused(plot.main, [f"--runs={tmp_path / 'none'}"])
+    assert "--runs names 0 folders" in refused(plot.main, [])

@@ -61,7 +61,7 @@ def bench_optimizers(settings: BenchSettings) -> dict:
         p.grad = torch.randn_like(p)
     contenders = _contenders(settings, model)
     clock = _clock(device)
-    first_ms = {name: clock(step) for name, step in contenders.items()}
+    first_ms = {name: _wall_ms(step) for name, step in contenders.items()}
     for step in contenders.values():
         clock(step)
     rounds = [{name: clock(step) for name, step in contenders.items()}
@@ -114,6 +114,13 @@ def _contenders(settings: BenchSettings, model: GPT) -> dict[str, Callable[[], o
         "Sophia, compiled, embedding by rows, refresh": refreshing(rows),
         "Sophia, update_hessian": lambda: eager.update_hessian(estimates),
     }
+
+
+def _wall_ms(action: Callable) -> float:
+    """With compilation, which works in other processes too."""
+    start = time.perf_counter()
+    action()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _clock(device: torch.device) -> Callable[[Callable], float]:

@@ -70,10 +70,8 @@ def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], 
         os.rename(partial, folder)
         _replace_text(out_dir / "latest", folder.name + "\n")
         _fsync(out_dir)
-        for old in checkpoints(out_dir)[keep:]:
-            shutil.rmtree(old)
-        for path in out_dir.glob("step_*.replaced*"):
-            shutil.rmtree(path)
+        for old in (*checkpoints(out_dir)[keep:], *out_dir.glob("step_*.replaced*")):
+            shutil.rmtree(old, ignore_errors=True)  # the save itself has succeeded
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint {folder} could not be written: {error}; earlier "
@@ -94,6 +92,7 @@ def newest(out_dir: Path) -> Checkpoint | None:
     is taken. Raises CheckpointError when none of several is left.
     """
     folders = checkpoints(out_dir)
+    damaged = list(out_dir.glob("step_*.corrupt*"))
     for folder in folders:
         try:
             return open_checkpoint(folder)
@@ -101,9 +100,9 @@ def newest(out_dir: Path) -> Checkpoint | None:
             aside = _set_aside(folder, ".corrupt")
             print(f"warning: {error}; renamed to {aside.name}, trying the one before",
                   file=sys.stderr, flush=True)
-    if folders:
-        raise CheckpointError(f"no checkpoint in {out_dir} is intact; start again with another "
-                              "--out_dir")
+    if folders or damaged:
+        raise CheckpointError(f"no checkpoint in {out_dir} is intact (see *.corrupt there); start "
+                              "again with another --out_dir")
     return None
 
 

@@ -57,7 +57,8 @@ class Config(Settings):
     out_dir: str = knob("out", "folder for checkpoints and metrics.jsonl", section="run")
     init_from: Literal["scratch", "resume", "auto"] = knob(
         "scratch", "start anew, continue the newest checkpoint of out_dir, or either as it is")
-    seed: int = knob(1337, "seed of initialisation, data order, sampled labels, dropout", low=0)
+    seed: int = knob(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
+                     high=2**63 - 1)
     eval_interval: int = knob(1000, "between evaluations (the last step is always one)",
                               unit="steps", low=1)
     eval_windows: int = knob(2000, "validation windows evaluated, evenly spaced; 0 = every one",
@@ -101,6 +102,8 @@ class Config(Settings):
     beta2: float = knob(0.99, "decay of the curvature's (AdamW: of the squared gradient's)",
                         low=0, below=1)
     eps: float = knob(1e-12, "Sophia: floor of gamma*h; AdamW: added to the root", above=0)
+    muon_momentum: float = knob(0.95, "Muon: decay of the momentum of hidden matrices", low=0,
+                                below=1)
     gamma: float = knob(0.05, "Sophia: a coordinate is unclipped where |m| < gamma*h", above=0)
     hessian_bias_correction: bool = knob(
         False, "beyond the paper: divide h by 1 - beta2^(number of estimates)")
@@ -226,7 +229,7 @@ def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
         raise ConfigError(f"config file {path} not found{hint}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+    except (SyntaxError, ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
         line = getattr(error, "lineno", 1)
         raise ConfigError(f"{path}:{line}: not a Python assignment: {error}") from None
     names: dict[str, tuple[Any, int]] = {}
@@ -309,7 +312,10 @@ def _literal(f: Any, text: str) -> Any:
 
 def _typed(f: Any, value: Any, source: str) -> Any:
     if f.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{f.name} is too large (from {source})", f.name) from None
     if f.type is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     try:

@@ -305,7 +305,12 @@ def _encode(tokenizer: str, texts: list[str], ended: list[bool]) -> bytes:
     parts = []
     for text, ends in zip(texts, ended, strict=True):
         # Text that spells a special token is text, as with encode_ordinary.
-        parts.append(encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16))
+        try:
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # lone surrogates, replaced as encode_ordinary does
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+        parts.append(ids.astype(np.uint16))
         if ends:
             parts.append(end)
     return np.concatenate(parts).tobytes()
@@ -390,11 +395,11 @@ def _count_rows(rows, hub_split: str) -> int:
 
 
 def find_files(pattern: str) -> list[Path]:
-    """Files of a comma-separated list of files, folders and globs; sorted within each."""
+    """Files of a comma-separated list of files, folders and globs; sorted within each, once."""
     if not pattern:
         raise CorpusError("no input: give --input=FILES (files, folders or globs)")
     files = []
-    for part in pattern.split(","):
+    for part in filter(None, pattern.split(",")):
         path = Path(part)
         found = ([p for p in path.rglob("*") if _reader(p)] if path.is_dir()
                  else [Path(p) for p in glob(part, recursive=True)])
@@ -405,7 +410,7 @@ def find_files(pattern: str) -> list[Path]:
     for path in files:
         if _reader(path) is None:
             raise CorpusError(f"--input: {path} is none of {', '.join(READERS)}")
-    return files
+    return list(dict.fromkeys(files))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ permutation of the corpus's non-overlapping windows. The step is therefore the o
 any number of ranks sees the same rows, and a resumed run continues exactly. Knows no model.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -88,12 +89,11 @@ def open_dataset(name: str, block_size: int) -> Dataset:
         if said != len(tokens):
             raise DataError(f"{folder / split}.bin holds {len(tokens)} tokens but {meta_path} says "
                             f"{said}; prepare the folder again")
-        _check_ids(folder / f"{split}.bin", tokens, meta["vocab_size"])
     tokenizer = meta["tokenizer"]
     if (folder / tokenizer).suffix == ".json":  # a file that came with the data
         tokenizer = str(folder / tokenizer)
-    fingerprint = {split: meta["splits"].get(split, {}).get("sha256", f"{len(tokens)} tokens")
-                   for split, tokens in arrays.items()}
+    fingerprint = {split: f"{len(tokens)} tokens, sampled sha256 " + _check_ids(
+        folder / f"{split}.bin", tokens, meta["vocab_size"]) for split, tokens in arrays.items()}
     return Dataset(folder, arrays["train"], arrays["val"], meta["vocab_size"], tokenizer,
                    fingerprint, note)
 
@@ -111,46 +111,58 @@ def _read_meta(path: Path) -> dict:
         meta = json.loads(path.read_text())
         if meta["dtype"] != "uint16":
             raise DataError(f"{path}: dtype {meta['dtype']} is not uint16; prepare it again")
-        return dict(vocab_size=int(meta["vocab_size"]), tokenizer=str(meta["tokenizer"]),
-                    splits=dict(meta["splits"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        found = dict(vocab_size=int(meta["vocab_size"]), tokenizer=str(meta["tokenizer"]),
+                     splits={name: dict(split) for name, split in meta["splits"].items()})
+        if found["vocab_size"] < 1:
+            raise ValueError(f"vocab_size = {found['vocab_size']}")
+        return found
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise DataError(f"{path} is not what corpus.py writes ({error!r}); prepare it again") \
             from None
 
 
-def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int, sample: int = 1 << 20) -> None:
-    """Refuses ids outside the vocabulary, looking at `sample` ids spread over the file."""
-    pieces = 64
+def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int, sample: int = 1 << 20) -> str:
+    """Refuses ids outside the vocabulary, looking at `sample` ids spread over the file.
+
+    Returns their sha256, by which a resumed run knows its data.
+    """
+    pieces, digest = 64, hashlib.sha256()
     starts = np.linspace(0, max(0, len(tokens) - sample // pieces), pieces).astype(np.int64)
     for start in starts:
-        piece = tokens[start:start + sample // pieces]
+        piece = np.asarray(tokens[start:start + sample // pieces])
+        digest.update(piece)
         if piece.max() >= vocab_size:
             at = int(start + piece.argmax())
             raise DataError(f"{path} holds id {piece.max()} at position {at}, outside the "
                             f"vocabulary of {vocab_size}; prepare it again")
+    return digest.hexdigest()
 
 
 class TrainBatches:
     """Rows of any training step, for any rank."""
 
     def __init__(self, tokens: np.ndarray, *, block_size: int, total_batch_size: int, seed: int,
-                 sampling: str = "epochs"):
+                 sampling: str = "epochs", vocab_size: int = 1 << 16):
         """`sampling` is "epochs" (every window once before any again) or "random" (nanoGPT's:
-        windows at random places, with replacement)."""
+        windows at random places, with replacement). Ids must be below `vocab_size`."""
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         self.total_batch_size, self.sampling = total_batch_size, sampling
+        self.vocab_size = vocab_size
         self.windows = (len(tokens) - 1) // block_size
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def rows(self, step: int, start: int, stop: int) -> Tensor:
         """Token ids, int64 (stop - start, block_size + 1), of rows start..stop of a step."""
+        assert 0 <= start <= stop <= self.total_batch_size, (start, stop, self.total_batch_size)
         if self.sampling == "random":
             bits = keyed_bits(self.total_batch_size, self.seed, "random", step)[start:stop]
             places = (bits % np.uint64(len(self.tokens) - self.block_size)).tolist()
         else:
             first = step * self.total_batch_size
             places = [self.block_size * self.window(s) for s in range(first + start, first + stop)]
-        return gather(self.tokens, places, self.block_size)
+        return gather(self.tokens, places, self.block_size, self.vocab_size)
 
     def window(self, sample: int) -> int:
         """Which window sample number `sample` of the endless sequence of epochs is."""
@@ -164,10 +176,11 @@ class TrainBatches:
 class ValidationWindows:
     """Evenly spaced, non-overlapping windows of the validation split, the same for every run."""
 
-    def __init__(self, tokens: np.ndarray, *, block_size: int, limit: int):
+    def __init__(self, tokens: np.ndarray, *, block_size: int, limit: int,
+                 vocab_size: int = 1 << 16):
         available = (len(tokens) - 1) // block_size
         count = min(available, limit) if limit else available
-        self.tokens, self.block_size = tokens, block_size
+        self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
         self.places = [block_size * (available * i // count) for i in range(count)]
 
     def __len__(self) -> int:
@@ -175,7 +188,7 @@ class ValidationWindows:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Token ids, int64 (stop - start, block_size + 1), of windows start..stop."""
-        return gather(self.tokens, self.places[start:stop], self.block_size)
+        return gather(self.tokens, self.places[start:stop], self.block_size, self.vocab_size)
 
 
 class Prefetcher:
@@ -213,9 +226,17 @@ class Prefetcher:
         return {part: r.pin_memory() for part, r in rows.items()} if self.pin else rows
 
 
-def gather(tokens: np.ndarray, places: list[int], T: int) -> Tensor:
-    """Token ids, int64 (len(places), T + 1), from each place on."""
-    return torch.from_numpy(np.stack([tokens[p:p + T + 1] for p in places]).astype(np.int64))
+def gather(tokens: np.ndarray, places: list[int], T: int, vocab_size: int) -> Tensor:
+    """Token ids, int64 (len(places), T + 1), from each place on.
+
+    Raises DataError on an id outside the vocabulary.
+    """
+    rows = np.stack([tokens[p:p + T + 1] for p in places])
+    if rows.max() >= vocab_size:
+        place, file = places[int(rows.max(1).argmax())], getattr(tokens, "filename", "the data")
+        raise DataError(f"{file} holds id {rows.max()} within {T} of position {place}, outside "
+                        f"the vocabulary of {vocab_size}; prepare it again")
+    return torch.from_numpy(rows.astype(np.int64))
 
 
 def inputs_and_targets(rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

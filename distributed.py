@@ -5,6 +5,7 @@ DistributedDataParallel, over nccl on CUDA and gloo elsewhere. Knows no loss, da
 """
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -47,6 +48,9 @@ def start_ranks(device: str) -> Ranks:
 
     `device` is auto, cpu, cuda, cuda:N or mps. Raises DeviceError when it is not there.
     """
+    if world_size() > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+        raise DeviceError(f"WORLD_SIZE is {world_size()} but RANK, LOCAL_RANK or MASTER_ADDR is "
+                          "not set; start several ranks with torchrun")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = _find_device(device, local_rank)
     if place.type == "cuda":
@@ -109,10 +113,23 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
             work.wait()
 
 
-def same_on_all_ranks(value):
-    """Rank 0's picklable value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception]):
+    """What `action` returns on rank 0, the only one to run it, on every rank.
+
+    When it raises one of `errors` (made of a message alone), every rank raises the same.
+    """
+    value, error = None, None
+    if ranks.is_main:
+        try:
+            value = action()
+        except errors as raised:
+            error = raised
+    if dist.is_initialized():
+        box = [(value, error and (type(error), str(error)))]
+        dist.broadcast_object_list(box, src=0)
+        value, described = box[0]
+        if described and error is None:
+            error = described[0](described[1])
+    if error is not None:
+        raise error
+    return value

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import uuid
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,14 +41,16 @@ class Recorder:
         self.bar = tqdm(total=max_iters, initial=first_step, unit="step", disable=not
                         self.on_terminal, dynamic_ncols=True)
         self._attempt("metrics.jsonl", self._forget_from, first_step)
-        self.wandb = self._attempt("wandb", _start_wandb, **wandb) if wandb else None
+        self.wandb = self._attempt("wandb", _start_wandb, out_dir / "wandb_id", **wandb) \
+            if wandb else None
 
     def record(self, record: dict) -> None:
         """Stores one step's numbers; None values are left out."""
         if not self.active:
             return
         record = {k: v for k, v in record.items() if v is not None}
-        self._attempt("metrics.jsonl", self._append, json.dumps(record) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+        self._attempt("metrics.jsonl", self._append, json.dumps(finite) + "\n")
         if self.wandb:
             self._attempt("wandb", self.wandb.log, record, step=record["step"])
         if self.on_terminal:
@@ -101,10 +104,12 @@ class Health:
 
     PATIENCE = 20  # records in a row, after warm-up, that make "for long"
 
-    def __init__(self, warmup_iters: int, *, fixed_gamma: bool):
+    def __init__(self, warmup_iters: int, hessian_interval: int, *, fixed_gamma: bool):
         """`fixed_gamma`: gamma is a setting, and not controlled towards a target of its own."""
-        self.warmup_iters, self.fixed_gamma = warmup_iters, fixed_gamma
+        self.warmup_iters, self.hessian_interval = warmup_iters, hessian_interval
+        self.fixed_gamma = fixed_gamma
         self.said, self.outside = set(), 0
+        self.norm, self.since = None, 0  # of h, and the step from which on it has had it
 
     def warnings(self, record: dict) -> list[str]:
         """What this record, a dict as Sophia.statistics makes it, gives reason to say."""
@@ -116,6 +121,11 @@ class Health:
             elif record["hessian_norm"] == 0:
                 found["zero"] = ("the curvature h is still zero, so every step is a sign step; is "
                                  "hessian_interval right, and do estimates reach the optimizer?")
+            elif record["hessian_norm"] != self.norm:
+                self.norm, self.since = record["hessian_norm"], record["step"]
+            elif record["step"] - self.since > 2 * self.hessian_interval:
+                found["still"] = (f"the curvature h has not changed since step {self.since}; do "
+                                  "estimates still reach the optimizer?")
         found |= self._gamma(record)
         new = {key: text for key, text in found.items() if key not in self.said}
         self.said |= new.keys()
@@ -133,9 +143,12 @@ class Health:
                         f"records now; the paper's range is 10-50 %: {advice} gamma"}
 
 
-def _start_wandb(**settings):
+def _start_wandb(id_file: Path, **settings):
+    """Starts the run, or continues the one whose id the run's folder holds."""
     import wandb
-    return wandb.init(**settings)
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex)
+    return wandb.init(id=id_file.read_text(), resume="allow", **settings)
 
 
 def _step_of(line: str) -> float:

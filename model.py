@@ -174,5 +174,7 @@ def draw_token(logits: Tensor, temperature: float, top_k: int | None,
     if top_k is not None and top_k < logits.size(-1):
         floor = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -math.inf)
-    probabilities = F.softmax(logits / temperature, dim=-1)
+    # Taking the maximum off first keeps the smallest temperatures finite.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    probabilities = F.softmax(logits, dim=-1)
     return torch.multinomial(probabilities, num_samples=1, generator=generator)

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from configurator import Config, ConfigError
+from configurator import Config, ConfigError, changed
 from sophia import Sophia, empirical_fisher, gauss_newton_bartlett, hutchinson
 
 Reduce = Callable[[list[Tensor]], None] | None  # sums tensors over ranks, in place
@@ -54,13 +54,23 @@ def build(config: Config, model: nn.Module, *, num_classes: int,
 
 
 def check(config: Config, world_size: int) -> None:
-    """Raises ConfigError unless the optimizer is known and its estimate divides over the ranks."""
+    """Raises ConfigError unless the optimizer is known and its settings fit it and the ranks."""
     if config.optimizer not in OPTIMIZERS:
         near = difflib.get_close_matches(config.optimizer, OPTIMIZERS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"optimizer = {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}"
                           f"{hint}", "optimizer")
-    if OPTIMIZERS[config.optimizer].estimator is None:
+    entry = OPTIMIZERS[config.optimizer]
+    for key, set_ in (("gamma_target", config.gamma_target > 0),
+                      ("hessian_bias_correction", config.hessian_bias_correction),
+                      ("compile_optimizer", config.compile_optimizer == "on")):
+        if set_ and not entry.is_sophia:
+            raise ConfigError(f"{key} = {getattr(config, key)} has no effect on optimizer = "
+                              f"{config.optimizer}; leave it out", key, "optimizer")
+    if config.gamma_rows != "none" and not config.gamma_target:
+        raise ConfigError(f"gamma_rows = {config.gamma_rows} has no effect without gamma_target; "
+                          "set both or none", "gamma_rows")
+    if entry.estimator is None:
         return
     rows, chunks = config.hessian_batch_size, config.hessian_chunks
     if rows > config.total_batch_size:
@@ -78,8 +88,19 @@ def check(config: Config, world_size: int) -> None:
                           f"{chunks}; choose a divisor", "hessian_chunks", "hessian_batch_size")
 
 
+def with_own_defaults(config: Config, sources: dict[str, str]) -> Config:
+    """The config with the optimizer's own value of each setting that was not given."""
+    if config.optimizer not in OPTIMIZERS:
+        return config
+    own = OPTIMIZERS[config.optimizer].defaults
+    return changed(config, **{key: value for key, value in own.items() if key not in sources})
+
+
 def advice(config: Config) -> list[str]:
     """Settings that are legal and known to go wrong, in words."""
+    if config.warmup_iters >= config.max_iters:
+        return [f"warmup_iters = {config.warmup_iters} is not shorter than max_iters = "
+                f"{config.max_iters}: the learning rate only rises"]
     if (OPTIMIZERS[config.optimizer].estimator is not None and config.warmup_iters < 2000
             and config.tokens_per_step >= 480 * 1024):
         return [f"warmup_iters = {config.warmup_iters} is shorter than the 2000 steps that Sophia "
@@ -273,6 +294,10 @@ class AdaHessianClip(Sophia):
 class SophiaUnclipped(Sophia):
     """Sophia without the clip (GNB of Fig. 7c): m / max(gamma h, eps)."""
 
+    def statistics(self) -> dict[str, Tensor]:
+        """`Sophia.statistics` without what concerns clipping."""
+        return _without_clipping(super().statistics())
+
     def _update(self, p: Tensor, state: dict, group: dict) -> None:
         m = state["exp_avg"].lerp_(p.grad.to(state["exp_avg"].dtype), 1 - group["betas"][0])
         _move(p, m / (group["gamma"] * state["hessian"]).clamp_min_(group["eps"]), group)
@@ -369,7 +394,7 @@ def _muon(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
     rest = [group for group in groups if group["kind"] != "matrix"]
     # Scaled so that its updates are as large as AdamW's, and one learning rate serves both.
     muon = torch.optim.Muon(hidden, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw",
-                            weight_decay=config.weight_decay)
+                            momentum=config.muon_momentum, weight_decay=config.weight_decay)
     return Chained([muon, torch.optim.AdamW(rest, lr=config.learning_rate, eps=config.eps,
                                             betas=(config.beta1, config.beta2))])
 
@@ -400,23 +425,31 @@ def _sophia(cls: type[Sophia]) -> Callable[[Config, list[dict]], torch.optim.Opt
 
 
 class Entry(NamedTuple):
-    """How an optimizer is built, and the estimator that feeds it (None: it takes no curvature)."""
+    """How an optimizer is built, the estimator that feeds it (None: it takes no curvature), and
+    its own values of settings whose defaults are Sophia-G's."""
 
     build: Callable[[Config, list[dict]], torch.optim.Optimizer]
     estimator: Callable[[Config, list[Tensor], int, Reduce], Estimator] | None = None
+    defaults: dict[str, float] = {}  # noqa: RUF012 (never written)
+    is_sophia: bool = False  # knows gamma_target, bias correction and compilation
 
+
+_ADAMW = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+_HUTCHINSON = dict(gamma=0.01, hessian_batch_size=32)
 
 OPTIMIZERS: dict[str, Entry] = {
-    "adamw": Entry(_adamw),
-    "lion": Entry(_lion),
-    "muon": Entry(_muon),
-    "adahessian": Entry(_adahessian, hutchinson_estimator),
-    "sophiag": Entry(_sophia(Sophia), gnb_estimator),
-    "sophiah": Entry(_sophia(Sophia), hutchinson_estimator),
+    "adamw": Entry(_adamw, None, _ADAMW),
+    "lion": Entry(_lion, None, dict(beta1=0.95, beta2=0.98)),
+    "muon": Entry(_muon, None, _ADAMW),
+    "adahessian": Entry(_adahessian, hutchinson_estimator,
+                        dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32)),
+    "sophiag": Entry(_sophia(Sophia), gnb_estimator, is_sophia=True),
+    "sophiah": Entry(_sophia(Sophia), hutchinson_estimator, _HUTCHINSON, is_sophia=True),
     # Fig. 7 of the paper
     "clip": Entry(_sophia(Sophia)),  # without an estimate h stays 0: sign momentum
     "normalize": Entry(_normalize),
-    "ef_clip": Entry(_sophia(Sophia), empirical_fisher_estimator),
-    "ah_clip": Entry(_sophia(AdaHessianClip), hutchinson_estimator),
-    "gnb_unclipped": Entry(_sophia(SophiaUnclipped), gnb_estimator),
+    "ef_clip": Entry(_sophia(Sophia), empirical_fisher_estimator, is_sophia=True),
+    "ah_clip": Entry(_sophia(AdaHessianClip), hutchinson_estimator, _HUTCHINSON),
+    "gnb_unclipped": Entry(_sophia(SophiaUnclipped), gnb_estimator,
+                           dict(gamma=1.0, eps=1e-2, hessian_interval=2)),
 }

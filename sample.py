@@ -27,7 +27,7 @@ class SampleSettings(Settings):
     temperature: float = knob(0.8, "1 = the model's own distribution, 0 = the likeliest token",
                               low=0)
     top_k: int = knob(200, "only the so many likeliest tokens; 0 = all", low=0)
-    seed: int = knob(1337, "seed of the sampling", low=0)
+    seed: int = knob(1337, "seed of the sampling", low=0, high=2**63 - 1)
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
         sample(settings)
     except (ConfigError, CheckpointError, TokenizerError, DeviceError) as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def sample(settings: SampleSettings) -> None:

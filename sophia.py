@@ -67,10 +67,11 @@ class Sophia(torch.optim.Optimizer):
                  gamma: float = 0.05, eps: float = 1e-12, weight_decay: float = 0.2, *,
                  compiled: bool = False, bias_correction: bool = False, gamma_target: float = 0.0,
                  gamma_rows: bool = False):
-        self._estimated = False  # an estimate came since the last step
         super().__init__(params, dict(
             lr=lr, betas=betas, gamma=gamma, eps=eps, weight_decay=weight_decay, compiled=compiled,
             bias_correction=bias_correction, gamma_target=gamma_target, gamma_rows=gamma_rows))
+
+    _estimated = False  # an estimate came since the last step
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group as torch's optimizers do; raises ValueError on values out of range."""
@@ -125,7 +126,7 @@ class Sophia(torch.optim.Optimizer):
                     raise RuntimeError(f"{type(self).__name__} does not take sparse gradients; "
                                        "make the embedding with sparse=False")
                 state = self._state(p)
-                if group["gamma_target"] and self._estimated:
+                if group["gamma_target"] and self._estimated and p.numel():
                     state["gamma"] = control_gamma(
                         state.get("gamma"), p.grad, state["exp_avg"], state["hessian"],
                         beta1=group["betas"][0], target=group["gamma_target"],
@@ -151,7 +152,7 @@ class Sophia(torch.optim.Optimizer):
         `unclipped_fraction`: share of coordinates with |m| < max(gamma h, eps), over all, and as
         `unclipped/KIND` over the groups that carry a `kind`. `hessian_norm`, `momentum_norm`,
         `update_norm`, `parameter_norm`: 2-norms over all. `hessian_floor_fraction`: share with
-        h <= eps. `gamma`: geometric mean, under gamma_target.
+        h <= eps. `gamma`: geometric mean over parameters and rows, under gamma_target.
         """
         seen = [(group, p, self.state[p]) for group in self.param_groups for p in group["params"]
                 if p in self.state]
@@ -165,8 +166,8 @@ class Sophia(torch.optim.Optimizer):
             updates.append((m / denominator).clamp_(-1, 1).norm() * group["lr"])
             floor.append((h <= group["eps"]).sum())
             kinds.setdefault(group.get("kind"), []).append((unclipped[-1], p.numel()))
-            if "gamma" in state:
-                gammas.append(state["gamma"].log().mean())
+            if group["gamma_target"] and "gamma" in state:
+                gammas.append(state["gamma"].flatten())
         count = sum(p.numel() for _, p, _ in seen)
         found = {
             "unclipped_fraction": torch.stack(unclipped).sum() / count,
@@ -178,7 +179,11 @@ class Sophia(torch.optim.Optimizer):
             "parameter_norm": _norm([p.detach() for _, p, _ in seen]),
             "hessian_floor_fraction": torch.stack(floor).sum() / count,
         }
-        return found | ({"gamma": torch.stack(gammas).mean().exp()} if gammas else {})
+        if gammas:
+            gamma = torch.cat(gammas)
+            found["gamma"] = torch.where(gamma > 0, gamma.log(), 0).sum().div(
+                (gamma > 0).sum().clamp_min(1)).exp()
+        return found
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores `state_dict()`, keeping the state's own precision under bf16 parameters."""
@@ -259,7 +264,7 @@ def control_gamma(old: Tensor | None, g: Tensor, m: Tensor, h: Tensor, *, beta1:
     positive = (h > 0).sum(dim=1, keepdim=True)
     place = (target * positive).ceil().long().sub_(1).clamp_min_(0)
     new = ratio.sort(dim=1).values.gather(1, place).view(shape)
-    if old is None:
+    if old is None or old.shape != new.shape:  # the first, or of another granularity
         old = torch.zeros_like(new)
     smooth = torch.exp(CONTROL_MEMORY * old.log() + (1 - CONTROL_MEMORY) * new.log())
     usable = torch.isfinite(new) & (new > 0)
@@ -284,9 +289,10 @@ def _local(x):
 
 def _gamma(state: dict, group: dict):
     """What multiplies h: a number or a tensor that broadcasts."""
-    gamma = state.get("gamma", group["gamma"])
+    if group["gamma_target"] and "gamma" in state:  # has the correction in it
+        return state["gamma"]
     count = state["estimates"].item() if group["bias_correction"] else 0  # on the CPU: no sync
-    return gamma / (1 - group["betas"][1] ** count) if count else gamma
+    return group["gamma"] / (1 - group["betas"][1] ** count) if count else group["gamma"]
 
 
 def hutchinson(losses: Iterable[Callable[[], Tensor]], params: Sequence[Tensor], *,

@@ -50,7 +50,7 @@ from distributed import (
     DeviceError,
     Ranks,
     gradient_sync,
-    same_on_all_ranks,
+    on_main,
     start_ranks,
     stop_ranks,
     sum_over_ranks,
@@ -59,7 +59,7 @@ from distributed import (
 )
 from metrics import Health, Recorder, peak_flops
 from model import GPT, GPTConfig
-from optimizers import Estimator, advice, build, check, cosine_lr
+from optimizers import Estimator, advice, build, check, cosine_lr, with_own_defaults
 from tokenizer import TokenizerError, get_tokenizer
 
 MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
@@ -67,8 +67,20 @@ MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
 RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer")
 
 
+# What belongs to the place of a run and is never taken from a checkpoint.
+LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "compile", "compile_optimizer"}
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step."""
+
+
+@dataclass
+class Tally:
+    """Counts since the last record; saved, so that a resumed run records the same."""
+
+    clipped: Tensor  # steps whose gradient norm was clipped
+    steps: int = 0
 
 
 @dataclass
@@ -82,7 +94,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     estimator: Estimator | None
     batches: Prefetcher
-    norm_clipped: Tensor  # steps whose gradient norm was clipped, since the last record
+    tally: Tally
 
     def autocast(self):
         """The context of every forward pass."""
@@ -95,16 +107,17 @@ def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
     try:
         config, sources = load(Config, argv, "train.py [config/FILE.py] [--key=value]")
-        try:
-            config.check_world(world_size())
-            check(config, world_size())
-        except ConfigError as error:
-            raise with_sources(error, sources) from None
-        train(config, sources)
+        train(with_own_defaults(config, sources), sources)
     except (ConfigError, DataError, DeviceError, CheckpointError, TokenizerError) as error:
         exit_with(_on_this_rank(error))
     except TrainingError as error:
         print(f"error: {_on_this_rank(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        print("error: out of memory; lower batch_size or the model's size", file=sys.stderr,
+              flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted; continue from the newest checkpoint with --init_from=resume",
@@ -117,10 +130,12 @@ def main(argv: list[str]) -> None:
 def train(config: Config, sources: dict[str, str] | None = None) -> None:
     """Trains to config.max_iters; `sources` says where each explicitly given key came from."""
     sources = sources or {}
+    _check(config, sources, found=None)
     ranks = start_ranks(config.device)
     out_dir = Path(config.out_dir)
-    found = _find_checkpoint(config, out_dir, ranks)
-    config = _settle(config, sources, found, ranks)
+    found = on_main(ranks, lambda: _find_checkpoint(config, out_dir), ConfigError, CheckpointError)
+    config, notes = _settle(config, sources, found, ranks)
+    _check(config, sources, found)
     data = open_dataset(config.dataset, config.block_size)
     if found and found.state["data"] != data.fingerprint:
         raise DataError(f"{data.folder} is not the data that {found.folder} was trained on; give "
@@ -129,12 +144,15 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
     run = build_run(config, ranks, data)
     first_step = _restore(run, found) if found else 0
     if ranks.is_main:
-        _announce(run, data, out_dir)
+        _announce(run, data, [*notes, data.note, *advice(config)])
     if first_step >= config.max_iters:
         if ranks.is_main:
             print(f"{found.folder} has all of max_iters = {config.max_iters} steps: nothing to "
                   "train; raise --max_iters to go on")
         return
+    if config.sample_tokens:
+        get_tokenizer(data.tokenizer)  # better missed now than after training
+    on_main(ranks, lambda: _write_config(config, out_dir), CheckpointError)
     recorder = Recorder(out_dir, first_step=first_step, max_iters=config.max_iters,
                         active=ranks.is_main, wandb=_wandb_settings(config),
                         health=_health(run))
@@ -166,10 +184,11 @@ def build_run(config: Config, ranks: Ranks, data: Dataset) -> Run:
 
     batches = Prefetcher(
         TrainBatches(data.train, block_size=config.block_size, seed=config.seed,
-                     total_batch_size=config.total_batch_size, sampling=config.sampling),
+                     total_batch_size=config.total_batch_size, sampling=config.sampling,
+                     vocab_size=data.vocab_size),
         wanted, ranks.device)
     return Run(config, ranks, model, wrap(model, ranks), optimizer, estimator, batches,
-               torch.zeros((), device=ranks.device))
+               Tally(torch.zeros((), device=ranks.device)))
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -180,6 +199,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     if run.estimator is not None and step % config.hessian_interval == 0:
         update_curvature(run, step)
     first, last = run.ranks.share(config.total_batch_size)
+    assert (last - first) % config.batch_size == 0, (first, last, config.batch_size)
     mean_loss = torch.zeros((), device=run.ranks.device)
     for row in range(first, last, config.batch_size):
         rows = run.batches.rows(step, row, row + config.batch_size)
@@ -191,8 +211,9 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
             loss.backward()
         mean_loss += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    run.tally.steps += 1
     if config.grad_clip:
-        run.norm_clipped += grad_norm > config.grad_clip
+        run.tally.clipped += grad_norm > config.grad_clip
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
@@ -243,12 +264,12 @@ def evaluate(run: Run, windows: ValidationWindows) -> float:
 
 def _loop(run: Run, data: Dataset, out_dir: Path, recorder: Recorder, first_step: int) -> None:
     config = run.config
-    windows = ValidationWindows(data.val, block_size=config.block_size, limit=config.eval_windows)
-    clock = _Clock()
+    windows = ValidationWindows(data.val, block_size=config.block_size, limit=config.eval_windows,
+                                vocab_size=data.vocab_size)
+    clock = _Clock(first_step)
     for step in range(first_step, config.max_iters):
         loss, grad_norm = train_step(run, step)
         done, last = step + 1, step + 1 == config.max_iters
-        clock.steps += 1
         record = {}
         if step % config.log_interval == 0 or last:
             record |= _measure(run, step, loss, grad_norm, clock)
@@ -257,15 +278,16 @@ def _loop(run: Run, data: Dataset, out_dir: Path, recorder: Recorder, first_step
                 record["val/loss"] = evaluate(run, windows)
             if record:
                 recorder.record({"step": step, **record})
-            if run.ranks.is_main and (done % config.checkpoint_interval == 0 or last):
+            _refuse_non_finite(step, record)
+            if done % config.checkpoint_interval == 0 or last:
                 _save(run, data, out_dir, done)
 
 
 class _Clock:
-    """Steps and seconds of training alone: time in `paused()` is left out."""
+    """Steps and seconds of training in this process: time in `paused()` is left out."""
 
-    def __init__(self):
-        self.start, self.steps = time.perf_counter(), 0
+    def __init__(self, done: int):
+        self.start, self.done = time.perf_counter(), done
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -273,11 +295,11 @@ class _Clock:
         yield
         self.start += time.perf_counter() - began
 
-    def read(self) -> tuple[int, float]:
-        """Steps and seconds since the last reading."""
+    def read(self, done: int) -> tuple[int, float]:
+        """Steps and seconds since the last reading, when `done` steps are done."""
         now = time.perf_counter()
-        found = self.steps, now - self.start
-        self.start, self.steps = now, 0
+        found = done - self.done, now - self.start
+        self.start, self.done = now, done
         return found
 
 
@@ -286,19 +308,16 @@ def _measure(run: Run, step: int, loss: Tensor, grad_norm: Tensor, clock: _Clock
     if run.ranks.world_size > 1:
         sum_over_ranks([loss])
     measured = {"train/loss": loss / run.ranks.world_size, "grad_norm": grad_norm,
-                "norm_clip_rate": run.norm_clipped}
+                "norm_clip_rate": run.tally.clipped / run.tally.steps}
     if hasattr(run.optimizer, "statistics"):
         measured |= run.optimizer.statistics()
     values = torch.stack([value.float() for value in measured.values()]).tolist()  # sync
     record = dict(zip(measured, values, strict=True))
-    run.norm_clipped.zero_()
-    steps, seconds = clock.read()
-    record["norm_clip_rate"] /= steps
+    run.tally.clipped.zero_()
+    run.tally.steps = 0
+    steps, seconds = clock.read(step + 1)
     record["data_wait_fraction"] = run.batches.seconds_waited / seconds
     run.batches.seconds_waited = 0.0
-    if not math.isfinite(record["train/loss"]):
-        raise TrainingError(f"step {step}: the loss is {record['train/loss']}; resume from an "
-                            "earlier checkpoint with a lower learning_rate or longer warm-up")
     record["lr"] = cosine_lr(run.config, step)
     record["tokens"] = (step + 1) * run.config.tokens_per_step
     record["tokens_per_second"] = steps * run.config.tokens_per_step / seconds
@@ -316,17 +335,33 @@ def _seed_dropout(config: Config, purpose: str, step: int, row: int) -> None:
         torch.manual_seed(keyed_seed(config.seed, purpose, step * config.total_batch_size + row))
 
 
-def _find_checkpoint(config: Config, out_dir: Path, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint to continue, None to start anew; the same on every rank."""
+def _refuse_non_finite(step: int, record: dict) -> None:
+    for name in ("train/loss", "val/loss"):
+        if not math.isfinite(record.get(name, 0)):
+            raise TrainingError(f"step {step}: {name} is {record[name]}; continue the newest "
+                                "checkpoint with a lower learning_rate, or longer warm-up")
+
+
+def _check(config: Config, sources: dict[str, str], found: Checkpoint | None) -> None:
+    """What the configurator cannot know: the ranks, and what the optimizer asks for."""
+    try:
+        config.check_world(world_size())
+        check(config, world_size())
+    except ConfigError as error:
+        if found:  # its values are in the config now
+            sources = {key: str(found.folder) for key in as_dict(config)} | sources
+        raise with_sources(error, sources) from None
+
+
+def _find_checkpoint(config: Config, out_dir: Path) -> Checkpoint | None:
+    """The checkpoint to continue, None to start anew."""
     found = None
     if config.init_from == "scratch":
         if checkpoints.checkpoints(out_dir):
             raise ConfigError(f"{out_dir} already holds checkpoints; continue them with "
                               "--init_from=resume, or give another --out_dir", "out_dir")
     else:
-        if ranks.is_main:
-            found = checkpoints.newest(out_dir)
-        found = same_on_all_ranks(found)
+        found = checkpoints.newest(out_dir)
         if found is None and config.init_from == "resume":
             raise CheckpointError(f"{out_dir} holds no checkpoint to resume; check --out_dir, or "
                                   "start with --init_from=scratch")
@@ -334,21 +369,31 @@ def _find_checkpoint(config: Config, out_dir: Path, ranks: Ranks) -> Checkpoint 
 
 
 def _settle(config: Config, sources: dict[str, str], found: Checkpoint | None,
-            ranks: Ranks) -> Config:
-    """The config with the checkpoint's RUN_KEYS and "auto" resolved; refuses contradictions."""
-    values = {}
-    if found:
-        for key in RUN_KEYS:
-            saved = found.state["config"].get(key)
-            derived = key == "vocab_size" and config.vocab_size == 0
-            if key in sources and not derived and getattr(config, key) != saved:
-                raise CheckpointError(
-                    f"{found.folder} has {key} = {saved!r}, {sources[key]} asks for "
-                    f"{getattr(config, key)!r}; leave it out, or start anew with another --out_dir")
-            values[key] = saved
+            ranks: Ranks) -> tuple[Config, list[str]]:
+    """The config with "auto" resolved and what was not given taken from the checkpoint; notes.
+
+    Raises CheckpointError where a given key contradicts the checkpoint and must not.
+    """
+    values, notes = {}, []
+    saved = found.state["config"] if found else {}
+    for key in saved.keys() & as_dict(config).keys() - LOCAL_KEYS:
+        given = getattr(config, key)
+        derived = key == "vocab_size" and given == 0
+        if key not in sources or derived:
+            values[key] = saved[key]
+        elif given != saved[key] and key in RUN_KEYS:
+            raise CheckpointError(
+                f"{found.folder} has {key} = {saved[key]!r}, {sources[key]} asks for {given!r}; "
+                "leave it out, or start anew with another --out_dir")
+        elif given != saved[key]:
+            notes.append(f"{key} was {saved[key]!r} until step {found.state['step']} and is "
+                         f"{given!r} from now on")
     if config.dtype == "auto":
         values["dtype"] = "bfloat16" if ranks.device.type == "cuda" else "float32"
-    return changed(config, **values)
+    try:
+        return changed(config, **values), sorted(notes)
+    except ConfigError as error:
+        raise with_sources(error, sources) from None
 
 
 def _fit_vocabulary(config: Config, sources: dict[str, str], data: Dataset) -> Config:
@@ -369,12 +414,25 @@ def _restore(run: Run, found: Checkpoint) -> int:
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{found.folder} is a checkpoint of another model: "
                               f"{str(error).splitlines()[0]}") from error
+    run.tally.steps = found.state["tally"]["steps"]
+    run.tally.clipped.fill_(found.state["tally"]["clipped"])
     return found.state["step"]
 
 
 def _save(run: Run, data: Dataset, out_dir: Path, done: int) -> None:
+    """Saves on rank 0; every rank raises when it fails or the parameters are not finite."""
+    norms = torch.stack(torch._foreach_norm(list(run.model.parameters())))
+    if not torch.isfinite(norms).all():  # sync
+        raise TrainingError(f"step {done - 1}: parameters are not finite, so no checkpoint is "
+                            "written; continue the newest one with a lower learning_rate")
+    on_main(run.ranks, lambda: _save_here(run, data, out_dir, done), CheckpointError)
+
+
+def _save_here(run: Run, data: Dataset, out_dir: Path, done: int) -> None:
     state = dict(
-        format=1, step=done, config=as_dict(run.config), data=data.fingerprint,
+        format=1, step=done,
+        tally=dict(steps=run.tally.steps, clipped=run.tally.clipped.item()),
+        config=as_dict(run.config), data=data.fingerprint,
         tokenizer=data.tokenizer, num_classes=data.vocab_size, world_size=run.ranks.world_size,
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       numpy=np.__version__))
@@ -382,17 +440,19 @@ def _save(run: Run, data: Dataset, out_dir: Path, done: int) -> None:
                      state, run.config.keep_checkpoints)
 
 
-def _announce(run: Run, data: Dataset, out_dir: Path) -> None:
-    """Prints and stores the resolved settings and what they make."""
-    config, ranks = run.config, run.ranks
-    settings = as_dict(config)
+def _write_config(config: Config, out_dir: Path) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        (out_dir / "config.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write to --out_dir={out_dir}: {error.strerror}; give "
                               "another one") from error
-    listed = ", ".join(f"{k}={v}" for k, v in settings.items())
+
+
+def _announce(run: Run, data: Dataset, notes: list[str]) -> None:
+    """Prints the resolved settings, what they make, and what the user should know."""
+    config, ranks = run.config, run.ranks
+    listed = ", ".join(f"{k}={v}" for k, v in as_dict(config).items())
     print(textwrap.fill(f"config: {listed}", 100, subsequent_indent="  ", break_long_words=False))
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device
     print(f"model: {run.model.num_params(non_embedding=False):,} parameters, "
@@ -401,20 +461,21 @@ def _announce(run: Run, data: Dataset, out_dir: Path) -> None:
     print(f"run: {config.tokens_per_step:,} tokens per step, {config.max_iters:,} steps = "
           f"{config.max_iters * epoch:,.2f} epochs of {data.folder}, {ranks.world_size} x {name}, "
           f"{config.dtype}", flush=True)
-    for note in filter(None, [data.note, *advice(config)]):
+    for note in filter(None, notes):
         print(f"note: {note}")
 
 
 def _health(run: Run) -> Health | None:
     if run.estimator is None:
         return None
-    return Health(run.config.warmup_iters, fixed_gamma=not run.config.gamma_target)
+    return Health(run.config.warmup_iters, run.config.hessian_interval,
+                  fixed_gamma=not run.config.gamma_target)
 
 
 def _wandb_settings(config: Config) -> dict | None:
     if not config.wandb_log:
         return None
-    return dict(project=config.wandb_project, config=as_dict(config), resume="allow",
+    return dict(project=config.wandb_project, config=as_dict(config),
                 name=config.wandb_run_name or Path(config.out_dir).name)
 
 
@@ -429,8 +490,8 @@ def _farewell(run: Run, data: Dataset, out_dir: Path) -> None:
         print(f"a sample:\n{tokenizer.decode(ids[0, 1:].tolist())}\n")
     print(f"saved in {out_dir}; next:\n"
           f"  python sample.py --out_dir={out_dir}\n"
-          f"  python train.py CONFIG --out_dir={out_dir} --init_from=resume "
-          f"--max_iters={2 * run.config.max_iters}", flush=True)
+          f"  python -m experiments.plot --runs={out_dir}\n"
+          "  python train.py --help", flush=True)
 
 
 def _on_this_rank(error: Exception) -> str:

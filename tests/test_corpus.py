@@ -240,6 +240,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_lone_surrogates_of_web_dumps_are_replaced(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "c"}\n')
+    source = local_documents(f"{tmp_path}/in.jsonl,", lambda n: lambda i: ("train", "val")[i])
+    write_corpus(source, tmp_path / "out", "bytes")
+    ids = np.fromfile(tmp_path / "out" / "train.bin", dtype=np.uint16)
+    assert ids.tolist() == [*"a\ufffdb".encode(), 256]
+
+
 def test_a_full_disk_is_said_and_what_is_done_is_kept(tmp_path, monkeypatch):
     import errno
 
@@ -303,6 +311,7 @@ def test_inputs_are_files_folders_and_globs_read_from_any_document_on(tmp_path):
     both = local_documents(f"{tmp_path}/*.jsonl,{tmp_path}/sub/c.txt", all_train)
     assert texts(both) == ["j0", "j1", "t0"]
     assert both.identity != everything.identity
+    assert local_documents(f"{tmp_path}/a.jsonl,{tmp_path}/*.jsonl", all_train).count == 2
     with pytest.raises(CorpusError, match="matches no file"):
         local_documents(str(tmp_path / "*.csv"), all_train)
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "d.parquet")

@@ -89,6 +89,22 @@ def test_validation_windows_are_evenly_spaced_and_all_of_them_on_request():
     assert len(ValidationWindows(tokens, block_size=10, limit=10**6)) == 100
 
 
+def test_an_id_outside_the_vocabulary_is_refused_wherever_it_stands():
+    tokens = np.zeros(101, dtype=np.uint16)
+    tokens[57] = 9
+    loader = TrainBatches(tokens, block_size=10, total_batch_size=10, seed=0, vocab_size=9)
+    with pytest.raises(DataError, match="holds id 9 within 10 of position 50, outside the vocab"):
+        loader.rows(0, 0, 10)
+
+
+def test_data_that_changed_has_another_fingerprint(folder):
+    path, _ = folder
+    before = open_dataset(str(path), 8).fingerprint
+    (np.arange(100) % 49).astype(np.uint16).tofile(path / "train.bin")
+    after = open_dataset(str(path), 8).fingerprint
+    assert after["train"] != before["train"] and after["val"] == before["val"]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A valid prepared folder to spoil."""
@@ -126,6 +142,10 @@ def test_missing_data_says_how_to_prepare_it(refused):
     (lambda p, meta: meta(dtype="uint32"), "dtype uint32 is not uint16"),
     (lambda p, meta: (p / "meta.json").write_text("{"), "not what corpus.py writes"),
     (lambda p, meta: (p / "meta.json").write_text("{}"), "not what corpus.py writes"),
+    (lambda p, meta: (p / "meta.json").write_bytes(b"\xff"), "not what corpus.py writes"),
+    (lambda p, meta: meta(vocab_size="abc"), "not what corpus.py writes"),
+    (lambda p, meta: meta(vocab_size=-5), "not what corpus.py writes"),
+    (lambda p, meta: meta(splits={"train": 5}), "not what corpus.py writes"),
 ])
 def test_data_that_does_not_fit_is_refused_by_file(folder, spoil, words):
     spoil(*folder)

@@ -17,12 +17,14 @@ def test_one_json_object_a_line_and_one_line_to_read(tmp_path, capsys):
     r = recorder(tmp_path)
     r.record({"step": 0, "train/loss": 5.5, "lr": 1e-3, "tokens_per_second": 1234.5, "mfu": None})
     r.record({"step": 4, "val/loss": 3.25})
+    r.record({"step": 5, "val/loss": float("nan")})
     r.close()
     assert stored(tmp_path) == [
         {"step": 0, "train/loss": 5.5, "lr": 1e-3, "tokens_per_second": 1234.5},
-        {"step": 4, "val/loss": 3.25}]
+        {"step": 4, "val/loss": 3.25}, {"step": 5, "val/loss": None}]
     assert capsys.readouterr().out.splitlines() == [
-        "step 0: loss 5.5000, lr 1.00e-03, 1,234 tokens/s", "step 4: val loss 3.2500"]
+        "step 0: loss 5.5000, lr 1.00e-03, 1,234 tokens/s", "step 4: val loss 3.2500",
+        "step 5: val loss nan"]
 
 
 def test_resuming_drops_the_records_that_will_come_again(tmp_path):
@@ -65,13 +67,14 @@ def healthy(**changes):
 
 
 def test_a_healthy_run_is_not_warned():
-    health = Health(50, fixed_gamma=True)
-    assert not any(health.warnings(healthy(step=step)) for step in range(0, 1000, 10))
+    health = Health(50, 10, fixed_gamma=True)
+    assert not any(health.warnings(healthy(step=step, hessian_norm=1 + step))
+                   for step in range(0, 1000, 10))
     assert not health.warnings({"step": 5, "train/loss": 3.0})  # a first-order optimizer
 
 
 def test_each_departure_is_said_once_in_words():
-    health = Health(50, fixed_gamma=True)
+    health = Health(50, 10, fixed_gamma=True)
     low = [health.warnings(healthy(unclipped_fraction=0.04)) for _ in range(60)]
     assert [bool(w) for w in low].index(True) == Health.PATIENCE - 1 and sum(map(len, low)) == 1
     assert "4% of the coordinates are unclipped" in low[Health.PATIENCE - 1][0]
@@ -83,12 +86,20 @@ def test_each_departure_is_said_once_in_words():
         assert not health.warnings(healthy(hessian_norm=norm))
 
 
+def test_a_curvature_that_stands_still_is_said():
+    health = Health(0, 10, fixed_gamma=True)
+    said = [health.warnings(healthy(step=step, hessian_norm=1 + min(step, 50) // 10))
+            for step in range(0, 100, 5)]
+    said = [w for w in said if w]
+    assert len(said) == 1 and "h has not changed since step 50" in said[0][0]
+
+
 def test_warm_up_and_a_controlled_gamma_are_not_judged():
-    warming = [Health(10_000, fixed_gamma=True), Health(0, fixed_gamma=False)]
+    warming = [Health(10_000, 10, fixed_gamma=True), Health(0, 10, fixed_gamma=False)]
     assert not any(h.warnings(healthy(unclipped_fraction=0.99)) for h in warming for _ in range(60))
 
 
 def test_warnings_reach_the_log(tmp_path, capsys):
-    r = recorder(tmp_path, health=Health(0, fixed_gamma=True))
+    r = recorder(tmp_path, health=Health(0, 10, fixed_gamma=True))
     r.record(healthy(step=3, hessian_norm=0.0))
     assert "warning: step 3: the curvature h is still zero" in capsys.readouterr().out

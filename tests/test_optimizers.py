@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from configurator import Config, load
+from configurator import Config, ConfigError, load
 from model import GPT, GPTConfig
 from optimizers import (
     AdaHessian,
@@ -13,9 +13,12 @@ from optimizers import (
     Lion,
     Normalize,
     SophiaUnclipped,
+    advice,
     build,
+    check,
     cosine_lr,
     parameter_groups,
+    with_own_defaults,
 )
 from sophia import Sophia
 from tests.conftest import ROOT
@@ -111,6 +114,48 @@ def test_labels_of_the_estimate_do_not_depend_on_the_split_over_ranks():
     both = estimate(slice(2, 4), lambda parts: torch._foreach_add_(parts, sums))
     for a, b in zip(whole, both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_an_optimizer_asked_for_by_name_alone_gets_its_own_settings():
+    def named(*flags):
+        return with_own_defaults(*load(Config, list(flags), ""))
+
+    adamw = named("--optimizer=adamw", "--beta1=0.8")
+    assert (adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay) == (0.8, 0.95, 1e-8, 0.1)
+    sophiah = named("--optimizer=sophiah")
+    assert (sophiah.gamma, sophiah.hessian_batch_size, sophiah.beta1) == (0.01, 32, 0.96)
+    assert named() == Config()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(optimizer="adamw", gamma_target=0.5), "gamma_target = 0.5 has no effect on optimizer"),
+    (dict(optimizer="ah_clip", hessian_bias_correction=True), "hessian_bias_correction = True has"),
+    (dict(optimizer="lion", compile_optimizer="on"), "compile_optimizer = on has no effect"),
+    (dict(gamma_rows="matrices"), "has no effect without gamma_target")])
+def test_a_setting_without_effect_is_refused(flags, words):
+    with pytest.raises(ConfigError, match=words):
+        check(Config(**flags), 1)
+
+
+def test_settings_known_to_go_wrong_are_said():
+    assert not advice(Config())
+    assert "shorter than the 2000 steps" in advice(Config(warmup_iters=200))[0]
+    assert not advice(Config(warmup_iters=200, optimizer="adamw"))
+    assert "the learning rate only rises" in advice(Config(max_iters=100))[0]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=16))
+    config = with_own_defaults(Config(optimizer="muon", n_head=1, n_embd=8), {})
+    optimizer = build(config, model, num_classes=16).optimizer
+    idx = torch.randint(16, (2, 4))
+    model(idx, idx).backward()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert ("momentum_buffer" in optimizer.state[p]) == (group["kind"] == "matrix")
+            assert ("exp_avg_sq" in optimizer.state[p]) == (group["kind"] != "matrix")
 
 
 GOLDEN = {  # name: optimizer of (groups, hparams), estimate, state of h

@@ -1,5 +1,6 @@
 """Sophia against independent references, and the laws of Algorithms 2 and 3."""
 
+import copy
 import itertools
 import math
 import shutil
@@ -330,6 +331,8 @@ def test_the_wrong_estimators_of_other_codes_are_told_apart():
     p = at.probabilities
     sharpened = (p ** (1 / 0.7)) / (p ** (1 / 0.7)).sum(-1, keepdim=True)
     argmax = F.one_hot(p.argmax(-1), 3).double()
+    ours = expectation(at.model, at.inputs)
+    assert slope(ours, [at.exact]) == pytest.approx(1, rel=1e-10)
     assert at.slope(lambda g: 4 * square(g)) == pytest.approx(1, rel=1e-10)
     assert at.slope(lambda g: 2 * square(g)) == pytest.approx(1 / 2)  # sequences, not positions
     halves = lambda g: (g[:2], g[2:])  # noqa: E731 (two ranks or micro-batches)
@@ -367,17 +370,6 @@ def test_ranks_with_unequal_counts_give_the_exact_diagonal():
                                          mask=mask[rows], chunk_size=chunk_size, all_reduce=reduce)
         for a, b in zip(whole, both, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
-
-
-def test_ranks_that_draw_the_same_labels_would_be_seen():
-    """With one seed on every rank, squares of sums of equal draws come out too large."""
-    at = Enumerated()
-    g = [[at.gradients[i][y] for y in range(3)] for i in range(4)]
-    mean = torch.zeros_like(at.exact)
-    for y in range(3):  # four ranks at the same position draw the same label
-        mean += at.probabilities[0, y] * 4 * g[0][y] ** 2
-    independent = sum(at.probabilities[0, y] * g[0][y] ** 2 for y in range(3))
-    assert torch.allclose(mean, 4 * independent)
 
 
 def test_true_labels_give_the_empirical_fisher_and_not_gauss_newton():
@@ -528,6 +520,35 @@ def test_controlled_gamma_survives_a_state_dict_round_trip():
             optimizer_.step()
     assert torch.equal(p, q)
     assert torch.equal(optimizer.state[p]["gamma"], twin.state[q]["gamma"])
+
+
+def test_a_controlled_gamma_has_the_bias_correction_in_it():
+    p, optimizer = controlled((60, 50), gamma_target=0.5, bias_correction=True)
+    assert optimizer.statistics()["unclipped_fraction"].item() == pytest.approx(0.5, abs=2 / 3000)
+
+
+def test_the_control_can_be_changed_between_runs():
+    p, optimizer = controlled((60, 50), gamma_target=0.5, gamma_rows=True)
+    group = optimizer.param_groups[0]
+    group["gamma_rows"] = False
+    optimizer.update_hessian([torch.rand(60, 50)])
+    optimizer.step()
+    assert optimizer.state[p]["gamma"].shape == ()
+    group.update(gamma_target=0.0, gamma=1e9)
+    assert optimizer.statistics()["unclipped_fraction"].item() > 0.99
+
+
+def test_copies_empty_groups_and_empty_parameters_step():
+    p, optimizer = controlled((60, 50), gamma_target=0.5)
+    optimizer.add_param_group(dict(params=[]))
+    optimizer.add_param_group(dict(params=[nn.Parameter(torch.zeros(0))]))
+    twin = copy.deepcopy(optimizer)
+    for optimizer_ in (optimizer, twin):
+        for x in optimizer_.parameters():
+            x.grad = torch.ones_like(x)
+        optimizer_.update_hessian([torch.ones_like(x) for x in optimizer_.parameters()])
+        optimizer_.step()
+    assert torch.equal(p, twin.parameters()[0])
 
 
 def test_bias_correction_divides_h_by_its_missing_weight():

@@ -1,6 +1,7 @@
 """The loop: exact resume, the estimator beside the gradients, ranks, refusals."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def build(argv, data_dir):
     config = load(Config, argv, "")[0]
     ranks = Ranks(0, 1, torch.device("cpu"))
     data = open_dataset(str(data_dir), config.block_size)
-    config = train._fit_vocabulary(train._settle(config, {}, None, ranks), {}, data)
+    config = train._fit_vocabulary(train._settle(config, {}, None, ranks)[0], {}, data)
     return train.build_run(config, ranks, data)
 
 
@@ -64,7 +65,7 @@ def test_a_run_learns_and_records_every_step_once(tiny, tmp_path, capsys):
 def test_stop_and_resume_continue_bit_identically(tiny, tmp_path, optimizer, extra):
     """Stopped at step 13 of 25 with k = 10: between two estimates, and after an evaluation."""
     flags = ("--max_iters=25", "--eval_interval=6", f"--optimizer={optimizer}", *extra,
-             "--checkpoint_interval=13")
+             "--checkpoint_interval=13", "--log_interval=5", "--grad_clip=0.7")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_train(*tiny(*flags, out_dir=whole))
 
@@ -191,8 +192,10 @@ def test_ranks_give_one_ranks_losses_and_curvature(tiny, tmp_path, ranks, extra)
 def test_ranks_refuse_together_with_one_line_each(tiny):
     result = torchrun(2, "train.py", *tiny("--batch_size=8"))
     assert result.returncode != 0
-    assert "error: total_batch_size = 8 is not a multiple of batch_size = 8 x 2 ranks" \
-        in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and any(line.startswith("error: rank 1: ") for line in lines)
+    assert all("total_batch_size = 8 is not a multiple of batch_size = 8 x 2 ranks" in line
+               for line in lines)
     assert 'train.py", line' not in result.stderr  # no traceback of ours; torchrun prints its own
 
 
@@ -207,11 +210,26 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tiny, refused, tm
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_settings_left_out_come_from_the_checkpoint(tiny, data_dir, tmp_path):
+def test_settings_left_out_come_from_the_checkpoint_and_changed_ones_are_said(
+        tiny, data_dir, tmp_path, capsys):
     run_train(*tiny("--bias=True"))
-    run_train("--init_from=resume", f"--out_dir={tmp_path / 'run'}", f"--dataset={data_dir}",
-              "--max_iters=7", "--batch_size=2", "--hessian_batch_size=4", "--device=cpu")
-    assert newest(tmp_path / "run").state["config"]["bias"] is True
+    before = newest(tmp_path / "run").state["config"]
+    capsys.readouterr()
+    run_train("--init_from=resume", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
+              "--max_iters=7", "--gamma=2")
+    after = newest(tmp_path / "run").state["config"]
+    assert before | dict(init_from="resume", max_iters=7, gamma=2.0) == after
+    out = capsys.readouterr().out
+    assert "note: gamma was 1.0 until step 6 and is 2.0 from now on" in out
+
+
+def test_a_resumed_batch_that_does_not_divide_over_the_ranks_is_refused(tiny, data_dir, tmp_path):
+    run_train(*tiny())
+    result = torchrun(2, "train.py", "--init_from=resume", f"--out_dir={tmp_path / 'run'}",
+                      "--batch_size=8", "--device=cpu", "--max_iters=9")
+    assert result.returncode != 0
+    assert "total_batch_size = 8 is not a multiple of batch_size = 8 x 2 ranks" in result.stderr
+    assert f"total_batch_size from {tmp_path / 'run'}" in result.stderr
 
 
 def test_a_run_is_never_started_over_another(tiny, refused):
@@ -248,11 +266,41 @@ def test_an_out_dir_that_cannot_be_written_is_refused(tiny, refused, tmp_path):
     assert "cannot write to --out_dir" in refused(train.main, tiny(out_dir=tmp_path / "file"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_checkpoints(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("log_interval, words", [(1, "loss is nan"), (50, "are not finite")])
+def test_what_is_not_finite_ends_the_run_and_is_never_saved(tiny, tmp_path, capsys, monkeypatch,
+                                                            log_interval, words):
+    original = train.train_step
+
+    def poisoned(run, step):
+        result = original(run, step)
+        if step >= 4:
+            with torch.no_grad():
+                next(run.model.parameters()).fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(train, "train_step", poisoned)
     with pytest.raises(SystemExit) as stopped:
-        run_train(*tiny("--learning_rate=1e30", "--grad_clip=0", "--max_iters=20"))
+        run_train(*tiny(f"--log_interval={log_interval}", "--max_iters=20", "--eval_interval=50"))
     assert stopped.value.code == 1
-    assert "the loss is" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
+    assert newest(tmp_path / "run").state["step"] == 3
+
+
+def test_ranks_fail_together_where_rank_0_alone_writes(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = torchrun(2, "train.py", *tiny(out_dir=tmp_path / "file"))
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and all("cannot write to --out_dir" in line for line in lines)
+
+
+def test_a_tokenizer_that_is_missing_is_said_before_training(tiny, data_dir, tmp_path, refused):
+    folder = tmp_path / "data"
+    shutil.copytree(data_dir, folder)
+    meta = json.loads((folder / "meta.json").read_text()) | dict(tokenizer="bytes by frequency")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert "is none of gpt2, bytes" in refused(
+        train.main, tiny(f"--dataset={folder}", "--sample_tokens=5"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_sampling_continues_a_prompt_and_repeats_with_its_seed(tiny, tmp_path, capsys, refused):

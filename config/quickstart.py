@@ -1,5 +1,7 @@
 # python data/stdlib/prepare.py && python train.py config/quickstart.py
-# Expected: see quickstart_adamw.py for the baseline.
+# Expected: validation loss 1.48 nats per byte in about a minute on two CPU cores (AdamW: 1.53).
+# The paper's betas and gamma are for 480 x 1024 tokens per step; these are from the sweep of
+# results/controlled_gamma.md: three seeds end between 1.472 and 1.492.
 out_dir = "out/quickstart"
 init_from = "auto"
 
@@ -13,11 +15,11 @@ batch_size = 32
 total_batch_size = 32
 
 optimizer = "sophiag"
-learning_rate = 6e-3
+learning_rate = 2e-2
 beta1 = 0.8
-gamma = 2.0
+gamma_target = 0.9  # a gamma of its own for each tensor (beyond the paper)
+gamma_rows = "embedding"  # and for each row of the embeddings
 hessian_batch_size = 32
-hessian_chunks = 8
 
 max_iters = 1200
 warmup_iters = 60

@@ -1,5 +1,6 @@
 # python data/stdlib/prepare.py && python train.py config/quickstart_adamw.py
-# Expected: see quickstart.py, which differs in the optimizer alone.
+# Expected: validation loss 1.53 nats per byte in about a minute on two CPU cores.
+# quickstart.py with AdamW at the best of the settings tried in results/controlled_gamma.md.
 out_dir = "out/quickstart-adamw"
 init_from = "auto"
 
@@ -13,14 +14,14 @@ batch_size = 32
 total_batch_size = 32
 
 optimizer = "adamw"
-learning_rate = 8e-3
-beta1 = 0.8
-beta2 = 0.95
+learning_rate = 1.2e-2
+beta1 = 0.9
+beta2 = 0.99
 eps = 1e-8
 weight_decay = 0.1
 
 max_iters = 1200
-warmup_iters = 60
+warmup_iters = 180
 
 eval_interval = 300
 checkpoint_interval = 600

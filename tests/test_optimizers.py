@@ -73,6 +73,41 @@ def test_gpt2_configs_are_table_2_and_divide_over_gpus(size, optimizer):
         assert not config.scale_attn_by_inverse_layer_idx
 
 
+# Peak rates of Table 2 for Lion and Sophia-H, where it gives one; Muon is ours.
+OTHERS = {
+    "lion": dict(medium=6e-5, small=1.5e-4) | {"30m": 4e-4},
+    "sophiah": dict(small=6e-4, medium=4e-4, large=3e-4) | {"30m": 1e-3, "540m": 4e-4},
+    "muon": dict(small=6e-4) | {"30m": 1.2e-3},
+}
+
+
+@pytest.mark.parametrize("optimizer, size", [(o, s) for o in OTHERS for s in OTHERS[o]])
+def test_the_other_optimizers_configs_differ_in_the_optimizer_alone(optimizer, size):
+    config = shipped(f"train_gpt2_{size}_{optimizer}")
+    assert (config.optimizer, config.learning_rate) == (optimizer, OTHERS[optimizer][size])
+    same = (*MODEL_KEYS, "total_batch_size", "batch_size", "max_iters", "warmup_iters",
+            "min_lr_ratio", "grad_clip", "dataset")
+    reference = shipped(f"train_gpt2_{size}_{'adamw' if optimizer == 'lion' else 'sophiag'}")
+    assert [getattr(config, k) for k in same] == [getattr(reference, k) for k in same]
+    given = with_own_defaults(Config(optimizer=optimizer), {})
+    for key in ("beta1", "beta2", "eps", "weight_decay"):
+        if (optimizer, key) != ("lion", "eps"):
+            assert getattr(config, key) == getattr(given, key), key
+    for ranks in (1, 2, 4, 8):
+        config.check_world(ranks)
+        check(config, ranks)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/ablation_*.py")), ids=lambda p: p.stem)
+def test_ablations_are_the_30m_model_with_another_optimizer(path):
+    config, reference = shipped(path.stem), shipped("train_gpt2_30m_sophiag")
+    same = (*MODEL_KEYS, "total_batch_size", "batch_size", "max_iters", "warmup_iters",
+            "min_lr_ratio", "grad_clip", "dataset")
+    assert [getattr(config, k) for k in same] == [getattr(reference, k) for k in same]
+    assert (config.optimizer, config.hessian_interval) != ("sophiag", 10)
+    check(config, 8)
+
+
 def test_schedule_warms_up_linearly_then_falls_as_a_cosine_to_the_ratio():
     config = Config(learning_rate=1.0, warmup_iters=10, max_iters=110, min_lr_ratio=0.05)
     assert [cosine_lr(config, t) for t in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])

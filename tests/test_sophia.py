@@ -662,3 +662,12 @@ def test_ten_lines_train_a_classifier_that_is_no_language_model():
         optimizer.step()
         optimizer.zero_grad()
     assert loss < 0.2
+
+
+def test_the_readmes_example_runs_as_it_stands(capsys):
+    from tests.conftest import ROOT
+    torch.manual_seed(0)
+    readme = (ROOT / "README.md").read_text()
+    example = readme.split("```python\n")[1].split("```")[0]
+    exec(compile(example, "README.md", "exec"), {})
+    assert float(capsys.readouterr().out.partition("(")[2].partition(",")[0]) < 0.3

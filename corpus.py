@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import re
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -233,7 +235,7 @@ def _encoded(documents: Iterator[tuple[str, str]], tokenizer: str,
         for split, texts, ended in batches:
             yield split, sum(ended), ended[-1], _encode(tokenizer, texts, ended)
         return
-    with ProcessPoolExecutor(num_proc) as pool:
+    with ProcessPoolExecutor(num_proc, initializer=_die_with, initargs=(os.getpid(),)) as pool:
         pending = deque()
         try:
             for split, texts, ended in batches:
@@ -250,6 +252,16 @@ def _encoded(documents: Iterator[tuple[str, str]], tokenizer: str,
                               "continues; try a smaller --num_proc") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _die_with(parent: int) -> None:
+    """Ends this worker soon after its parent was killed; it would wait for work forever."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str], list[bool]]]:

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,12 +226,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc
              str(num_proc)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start("whole").wait() == 0
-    random, kills = np.random.default_rng(num_proc), 0
+    random, kills, children = np.random.default_rng(num_proc), 0, set()
     for _ in range(60):
         process = start("parts")
         try:
             code_ = process.wait(timeout=0.3 + random.random() * 0.7)
         except subprocess.TimeoutExpired:
+            tasks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            children |= set(tasks.read_text().split()) if tasks.exists() else set()
             process.kill()
             process.wait()
             kills += 1
@@ -237,7 +241,18 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc
         assert code_ == 0
         break
     assert kills > 0
+    deadline = time.monotonic() + 20  # no worker may outlive its parent for long
+    while any(_alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [child for child in children if _alive(child)]
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
 
 
 def test_lone_surrogates_of_web_dumps_are_replaced(tmp_path):

@@ -40,7 +40,7 @@ from tokenizer import (
 META_FORMAT = 1
 SPLITS = ("train", "val")
 BATCH_CHARACTERS = 1 << 19  # text handed to a worker at a time
-SAVE_TOKENS = 1 << 24  # between two savings of the progress
+SAVE_TOKENS = 1 << 22  # between two savings of the progress
 PROGRESS = "progress.json"
 
 

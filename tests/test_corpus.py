@@ -361,6 +361,16 @@ def test_a_local_folder_stands_in_for_the_hub(tmp_path, monkeypatch, gpt2_cache,
     assert "could not be loaded" in refused(module.main, [f"--hub={tmp_path / 'nowhere'}"])
 
 
+def test_a_hub_that_holds_only_a_loading_script_is_tried_again_and_refused_in_words(
+        tmp_path, gpt2_cache, refused):
+    pytest.importorskip("datasets")
+    (tmp_path / "openwebtext").mkdir()
+    (tmp_path / "openwebtext" / "openwebtext.py").write_text("raise SystemExit('it ran')")
+    line = refused(script("openwebtext").main, [f"--hub={tmp_path / 'openwebtext'}",
+                                                f"--out_dir={tmp_path / 'out'}"])
+    assert "could not be loaded" in line and "; then " in line and "--input=FILES" in line
+
+
 def test_openwebtext_takes_nanogpts_validation_documents():
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"row": list(range(5001))})

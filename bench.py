@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
         exit_with(error)
     except OSError as error:
         exit_with(ConfigError(f"--json={settings.json} cannot be written: {error.strerror}"))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def bench_optimizers(settings: BenchSettings) -> dict:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import threading
 import time
 from collections import deque
@@ -255,7 +256,12 @@ def _encoded(documents: Iterator[tuple[str, str]], tokenizer: str,
 
 
 def _die_with(parent: int) -> None:
-    """Ends this worker soon after its parent was killed; it would wait for work forever."""
+    """Ends this worker soon after its parent was killed; it would wait for work forever.
+
+    Ctrl-C is the parent's to answer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -249,6 +250,23 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc
         time.sleep(0.1)
     assert not [child for child in children if _alive(child)]
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_ctrl_c_ends_a_preparation_in_one_line(tmp_path, num_proc):
+    (tmp_path / "in.jsonl").write_text((json.dumps({"text": "some text " * 900}) + "\n") * 9000)
+    process = subprocess.Popen(
+        [sys.executable, "data/text/prepare.py", f"--input={tmp_path / 'in.jsonl'}",
+         "--tokenizer=bytes", f"--out_dir={tmp_path / 'out'}", f"--num_proc={num_proc}"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
+    while not (tmp_path / "out" / "progress.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert errors == "error: interrupted; the same command continues where it stopped\n"
 
 
 def _alive(pid: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # first imported while a group exists, it keeps the group alive
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -87,7 +88,11 @@ def _find_device(name: str, local_rank: int) -> torch.device:
 
 
 def stop_ranks() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one, and ends its threads.
+
+    A gloo thread that outlives the interpreter aborts the process now and then
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

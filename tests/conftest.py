@@ -113,7 +113,8 @@ def torchrun(ranks: int, script: str, *argv: str, timeout: int = 240):
                "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", script,
                *argv]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                               "PYTHONPATH": str(ROOT)})
 
 
 def run_train(*argv: str) -> None:

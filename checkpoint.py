@@ -1,27 +1,39 @@
-"""Checkpoints: atomic save, newest valid, load. No pickle.
+"""Checkpoints: atomic save in a thread, newest valid, load. No pickle.
 
-A checkpoint is a folder `step_00001000` with model.safetensors, optimizer.safetensors, state.json,
-and manifest.json (size and sha256 of each) written last. It is built under a temporary name,
-fsynced and renamed, so that a kill at any moment leaves the old ones or the new one. Knows neither
-the model's class nor the loop.
+A checkpoint is a folder `step_00001000` of safetensors files, state.json, and manifest.json (size
+and sha256 of each) written last. It is built under a temporary name, fsynced and renamed, so that a
+kill at any moment leaves the old ones or the new one. A run that holds whole parameters has rank 0
+write model.safetensors and optimizer.safetensors; one that splits them (FSDP2) has every rank write
+its shards through torch.distributed.checkpoint. Either loads into either, on any number of ranks.
+Knows neither the model's class nor the loop.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distributed import Ranks, host_copy, is_sharded, on_main, second_group, zeros_like_shards
+
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+FAILURES_ALLOWED = 2  # in a row, while an older checkpoint is there
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".partial"
 
@@ -37,46 +49,199 @@ class Checkpoint(NamedTuple):
     state: dict
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """The parameters by name, on the CPU."""
-        return load_file(self.folder / MODEL)
+        """The whole parameters by name, on the CPU."""
+        return self._tensors(MODEL, lambda name: not name[0].isdigit())
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state as `flatten_state` names it, on the CPU."""
-        return load_file(self.folder / OPTIMIZER)
+        """The optimizer's whole state as `flatten_state` names it, on the CPU."""
+        return self._tensors(OPTIMIZER, lambda name: name[0].isdigit())
+
+    def _tensors(self, file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        if (self.folder / file).exists():
+            return load_file(self.folder / file)
+        found = {name: torch.empty(m.size, dtype=m.properties.dtype)
+                 for name, m in _described(self.folder).items() if wanted(name)}
+        _read_shards(self.folder, found, alone=True)
+        return found
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Loads parameters and optimizer state, whole or split as the model is now.
+
+        The optimizer keeps the hyperparameters it was built with. Raises CheckpointError when the
+        checkpoint is of another model or optimizer.
+        """
+        try:
+            tensors = model.state_dict()
+            if not any(map(is_sharded, tensors.values())):
+                model.load_state_dict(self.model_tensors())
+                restore_state(optimizer, self.optimizer_tensors())
+                return
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {name: zeros_like_shards(params[int(name.partition(".")[0])], m.size,
+                                             m.properties.dtype)
+                     for name, m in _described(self.folder).items() if name[0].isdigit()}
+            _read_shards(self.folder, tensors | state, alone=False)
+            restore_state(optimizer, state)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{self.folder} is a checkpoint of another model: "
+                                  f"{str(error).splitlines()[0]}") from error
+
+
+class Saver:
+    """Saves the checkpoints of one run; training goes on while a thread writes.
+
+    Every rank makes one and calls `save` and `settle` at the same steps.
+    """
+
+    def __init__(self, out_dir: Path, ranks: Ranks, *, keep: int, keep_best: bool, sharded: bool):
+        """Keeps the `keep` newest checkpoints and, with `keep_best`, the one whose
+        state["val_loss"] is lowest. `sharded`: each rank holds its part of the tensors."""
+        self.out_dir, self.ranks, self.keep, self.keep_best = out_dir, ranks, keep, keep_best
+        self.sharded = sharded and ranks.world_size > 1
+        self.group = second_group() if self.sharded else None  # the thread's own conversation
+        self.seconds_blocked = self.seconds_written = 0.0  # of the last save
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        self._failures = 0
+        if ranks.is_main:
+            for left in out_dir.glob(f"step_*{_TEMPORARY}"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
+        """Copies the state to host memory, starts to write the checkpoint of state["step"].
+
+        Waits for the save before. A failed one is said on stderr; raises CheckpointError, on every
+        rank, at the third in a row or when there is no older checkpoint.
+        """
+        self.settle()
+        began = time.perf_counter()
+        if self.sharded or self.ranks.is_main:
+            model, optimizer = host_copy(model), host_copy(optimizer)
+        self._pending = self._thread.submit(self._write, model, optimizer, state) \
+            if self.sharded or self.ranks.is_main else Future()
+        self.seconds_blocked = time.perf_counter() - began
+
+    def settle(self) -> None:
+        """Waits for the save under way; raises as `save` does."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+
+        def outcome() -> tuple[float, str, bool]:
+            try:
+                return pending.result(), "", True
+            except CheckpointError as error:
+                return 0.0, str(error), bool(checkpoints(self.out_dir))
+
+        self.seconds_written, error, older = on_main(self.ranks, outcome)
+        if not error:
+            self._failures = 0
+            return
+        self._failures += 1
+        if self._failures > FAILURES_ALLOWED or not older:
+            times = f"{self._failures} times in a row" if older else "and there is none before it"
+            raise CheckpointError(f"{error} ({times}, so training stops)")
+        if self.ranks.is_main:
+            print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Waits for this rank's thread."""
+        self._thread.shutdown()
+
+    def _write(self, model: dict, optimizer: dict, state: dict) -> float:
+        began = time.perf_counter()
+        save(self.out_dir, model, optimizer, state, self.keep, keep_best=self.keep_best,
+             ranks=self.ranks if self.sharded else None, group=self.group)
+        return time.perf_counter() - began
 
 
 def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict,
-         keep: int) -> Path:
+         keep: int, *, keep_best: bool = False, ranks: Ranks | None = None, group=None) -> Path:
     """Writes the checkpoint of step `state["step"]`, then removes all but the `keep` newest.
 
-    Raises CheckpointError when the disk refuses; older checkpoints are untouched then.
+    `keep_best` spares the one with the lowest state["val_loss"] and names it in the file `best`.
+    With `ranks`, all of them call this with their shards and talk in `group`. Raises
+    CheckpointError when the disk refuses; older checkpoints are untouched then.
     """
     folder = out_dir / f"step_{state['step']:08d}"
     partial = folder.with_name(folder.name + _TEMPORARY)
+    ranks = ranks or Ranks(0, 1, torch.device("cpu"))
     try:
-        _require_space(out_dir, model, optimizer)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, partial / MODEL)
-        save_file({k: v.detach().cpu().contiguous() for k, v in optimizer.items()},
-                  partial / OPTIMIZER)
-        (partial / STATE).write_text(json.dumps(state, indent=1))
-        manifest = {name: _describe(partial / name) for name in (MODEL, OPTIMIZER, STATE)}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*partial.iterdir(), partial):
-            _fsync(path)
-        if folder.exists():  # the same step again, after resuming from before it
-            _set_aside(folder, ".replaced")
-        os.rename(partial, folder)
-        _replace_text(out_dir / "latest", folder.name + "\n")
-        _fsync(out_dir)
-        for old in (*checkpoints(out_dir)[keep:], *out_dir.glob("step_*.replaced*")):
-            shutil.rmtree(old, ignore_errors=True)  # the save itself has succeeded
+        on_main(ranks, lambda: _prepare_folder(partial, model, optimizer, ranks), OSError,
+                group=group)
+        _write_tensors(partial, model, optimizer, group)
+        on_main(ranks, lambda: _publish(partial, folder, state), OSError, group=group)
+        if ranks.is_main:
+            _purge(out_dir, keep, keep_best)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint {folder} could not be written: {error}; earlier "
                               "checkpoints are intact") from error
     return folder
+
+
+def _prepare_folder(partial: Path, model: dict, optimizer: dict, ranks: Ranks) -> None:
+    out_dir = partial.parent
+    out_dir.mkdir(parents=True, exist_ok=True)
+    local = sum(_nbytes(t) for t in (*model.values(), *optimizer.values()))
+    needed, free = local * ranks.world_size + (1 << 20), shutil.disk_usage(out_dir).free
+    if free < needed:
+        raise OSError(f"{needed >> 20} MiB are needed, {free >> 20} MiB of disk space are free")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+
+
+def _nbytes(x: Tensor) -> int:
+    return (x.to_local() if is_sharded(x) else x).nbytes
+
+
+def _write_tensors(partial: Path, model: dict, optimizer: dict, group) -> None:
+    if group is None:
+        save_file({k: v.detach().cpu().contiguous() for k, v in model.items()}, partial / MODEL)
+        save_file({k: v.detach().cpu().contiguous() for k, v in optimizer.items()},
+                  partial / OPTIMIZER)
+        return
+    import torch.distributed.checkpoint as dcp
+    try:
+        dcp.save(model | optimizer, process_group=group, storage_writer=dcp.
+                 HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    except dcp.api.CheckpointException as error:
+        raise OSError(f"of the ranks, {', '.join(map(str, error.failures))} failed: "
+                      f"{next(iter(error.failures.values()))[0]}") from error
+
+
+def _publish(partial: Path, folder: Path, state: dict) -> None:
+    """Manifest, fsync, rename: from here on the checkpoint is there."""
+    (partial / STATE).write_text(json.dumps(state, indent=1))
+    manifest = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (*partial.iterdir(), partial):
+        _fsync(path)
+    if folder.exists():  # the same step again, after resuming from before it
+        _set_aside(folder, ".replaced")
+    os.rename(partial, folder)
+    _replace_text(folder.parent / "latest", folder.name + "\n")
+    _fsync(folder.parent)
+
+
+def _purge(out_dir: Path, keep: int, keep_best: bool) -> None:
+    """Removes old checkpoints; what cannot be removed stays (the save itself has succeeded)."""
+    folders = checkpoints(out_dir)
+    losses = {folder: loss for folder in folders if (loss := _val_loss(folder)) is not None} \
+        if keep_best else {}
+    best = min(losses, key=losses.get, default=None)
+    if best:
+        _replace_text(out_dir / "best", best.name + "\n")
+    for old in (*folders[keep:], *out_dir.glob("step_*.replaced*")):
+        if old != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _val_loss(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / STATE).read_text()).get("val_loss")
+    except (OSError, ValueError):
+        return None
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -110,11 +275,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Verifies every file of a checkpoint folder; raises CheckpointError naming the bad one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        for name in (MODEL, OPTIMIZER, STATE):
-            if _describe(folder / name) != manifest[name]:
+        stray = {p.name for p in folder.glob("*.safetensors")} - manifest.keys()
+        if stray or STATE not in manifest:
+            raise CheckpointError(f"{folder / MANIFEST} does not name {', '.join(stray) or STATE}")
+        for name, described in manifest.items():
+            if _describe(folder / name) != described:
                 raise CheckpointError(f"{folder / name} does not match its checksum")
         return Checkpoint(folder, json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {folder} is damaged: {error!r}") from error
@@ -137,12 +305,65 @@ def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) 
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
-def _require_space(out_dir: Path, model: dict, optimizer: dict) -> None:
-    out_dir.mkdir(parents=True, exist_ok=True)
-    needed = sum(t.nbytes for t in (*model.values(), *optimizer.values())) + (1 << 20)
-    free = shutil.disk_usage(out_dir).free
-    if free < needed:
-        raise OSError(f"{needed >> 20} MiB are needed, {free >> 20} MiB of disk space are free")
+def _described(folder: Path) -> dict:
+    """Shape and precision of each tensor in a checkpoint, by name."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+
+
+def _read_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
+    """Fills tensors, whole or sharded, in place; `alone`: without the other ranks."""
+    import torch.distributed.checkpoint as dcp
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
+                     no_dist=alone)
+        except dcp.api.CheckpointException as error:
+            raise ValueError(str(next(iter(error.failures.values()))[0])) from error
+
+
+class RunLock:
+    """One trainer at a time for a run's folder; a context that lets the next one in at its end.
+
+    The system gives the lock up with the process that holds it, however that ends.
+    """
+
+    def __init__(self, out_dir: Path):
+        self._folder, self._file = out_dir, None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def take(self) -> None:
+        """Makes the folder, and the lock this process's, if they are not yet.
+
+        Raises CheckpointError when another process holds it, or the folder is unwritable.
+        """
+        if self._file is not None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = open(self._folder / "lock", "a+")  # noqa: SIM115 (held to the end)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to --out_dir={self._folder}: {error.strerror}; "
+                                  "give another one") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise CheckpointError(f"{self._folder} is in use by {holder}; wait for it, stop it, or "
+                                  "give another --out_dir") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._file = file
 
 
 def _describe(path: Path) -> dict:

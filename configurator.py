@@ -67,6 +67,8 @@ class Config(Settings):
     checkpoint_interval: int = knob(1000, "between checkpoints (the last step always saves)",
                                     unit="steps", low=1)
     keep_checkpoints: int = knob(2, "newest checkpoints kept", low=2)
+    keep_best: bool = knob(True, "also keep the checkpoint with the lowest val/loss of those that "
+                                 "were saved on an evaluation's step")
     sample_tokens: int = knob(0, "length of the text sampled when training ends; 0 = none",
                               unit="tokens", low=0)
     wandb_log: bool = knob(False, "also record to Weights & Biases")
@@ -130,6 +132,11 @@ class Config(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
         "auto", "auto = bfloat16 autocast on CUDA, float32 elsewhere; float64 = everything, for "
                 "exactness checks")
+    parallel: Literal["ddp", "fsdp"] = knob(
+        "ddp", "with several ranks: each holds the whole model, or a share of it (FSDP2; for "
+               "models that one device cannot hold)")
+    activation_checkpointing: bool = knob(
+        False, "recompute each block in the backward pass: less memory, about a third more compute")
     compile: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile the model; auto = on CUDA only")
     compile_optimizer: Literal["auto", "on", "off"] = knob(

@@ -1,11 +1,15 @@
 """Rank facts, wrapping for several ranks, the gradient-sync switch, reductions.
 
-Ranks come from torchrun's environment; without it there is one. The engine is torch's own
-DistributedDataParallel, over nccl on CUDA and gloo elsewhere. Knows no loss, data or config file.
+Ranks come from torchrun's environment; without it there is one. The engines are torch's own
+DistributedDataParallel and fully_shard (FSDP2), over nccl on CUDA and gloo elsewhere. Knows no
+loss, data or config file.
 """
 
 import os
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +18,10 @@ import torch.distributed as dist
 import torch.distributed.nn  # first imported while a group exists, it keeps the group alive
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import zeros as sharded_zeros
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -97,18 +105,77 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """The model whose backward averages gradients over ranks; itself when there is one rank."""
+def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
+         blocks: Sequence[nn.Module] = (), low_precision: bool = False) -> nn.Module:
+    """The model whose backward averages gradients over ranks; itself when there is one rank.
+
+    `sharded` splits parameters, gradients and with them the optimizer's state over the ranks
+    (FSDP2), in place: each of `blocks` is gathered when it runs, in bfloat16 with `low_precision`,
+    and its gradients are reduced in the parameters' own precision.
+    """
     if ranks.world_size == 1:
+        return model.to(ranks.device)
+    if sharded:
+        dtypes = {p.dtype for p in model.parameters()}
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=dtypes.pop()) \
+            if low_precision else MixedPrecisionPolicy()
+        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        for part in (*blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
         return model
+    model.to(ranks.device)
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def gradient_sync(model: nn.Module, on: bool):
     """Context in which backward averages gradients over ranks (the last micro-batch) or not."""
-    return nullcontext() if on or not isinstance(model, DistributedDataParallel) else \
-        model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else \
+        nullcontext()
+
+
+def sharded_gradients(model: FSDPModule, params: Sequence[Tensor], ranks: Ranks
+                      ) -> Callable[[Tensor, bool], list[Tensor] | None]:
+    """`accumulate(loss, last)` of sophia.py's estimators for parameters split by `wrap`.
+
+    Gradients of losses summed over micro-batches and ranks, each rank its shard. `.grad` must be
+    None before, and is None again after the last.
+    """
+    def accumulate(loss: Tensor, last: bool) -> list[Tensor] | None:
+        with gradient_sync(model, on=last):
+            loss.backward()
+        if not last:
+            return None
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.mul_(ranks.world_size)
+                 for p in params]  # the reduction took the mean
+        for p in params:
+            p.grad = None
+        return found
+
+    return accumulate
+
+
+def reshard(model: nn.Module) -> None:
+    """Ends a forward pass that no backward follows: a sharded model gives back what it gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether each rank holds its part of the tensor."""
+    return isinstance(x, DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor gathered on every rank; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
@@ -118,10 +185,11 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
             work.wait()
 
 
-def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception]):
+def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception], group=None):
     """What `action` returns on rank 0, the only one to run it, on every rank.
 
-    When it raises one of `errors` (made of a message alone), every rank raises the same.
+    When it raises one of `errors` (made of a message alone), every rank raises the same. `group`:
+    where the ranks talk, when not in their first group.
     """
     value, error = None, None
     if ranks.is_main:
@@ -129,12 +197,83 @@ def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception]
             value = action()
         except errors as raised:
             error = raised
-    if dist.is_initialized():
+    if ranks.world_size > 1:
         box = [(value, error and (type(error), str(error)))]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group)
         value, described = box[0]
         if described and error is None:
             error = described[0](described[1])
     if error is not None:
         raise error
     return value
+
+
+def second_group():
+    """Another group of all ranks, over gloo: what a thread says there disturbs no other talk."""
+    return dist.new_group(backend="gloo")
+
+
+def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, sharded tensors still sharded."""
+    def copy(x: Tensor) -> Tensor:
+        mine = local(x).detach().to("cpu", copy=True).contiguous()
+        if not isinstance(x, DTensor):
+            return mine
+        mesh = init_device_mesh("cpu", (x.device_mesh.size(),))
+        return DTensor.from_local(mine, mesh, x.placements, run_check=False, shape=x.shape,
+                                  stride=x.stride())
+
+    return {name: copy(x) for name, x in tensors.items()}
+
+
+def zeros_like_shards(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros of a whole shape, split as `p` is if they have as many rows."""
+    if isinstance(p, DTensor) and shape and shape[0] == p.shape[0] and len(shape) == p.dim():
+        return sharded_zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements)
+    return torch.zeros(shape, dtype=dtype, device=p.device if shape else "cpu")
+
+
+class StopSignals:
+    """SIGTERM, SIGUSR1 and SIGINT as a wish to stop that all ranks grant at the same step.
+
+    A context. Each step calls `ask` when it begins and `granted` when it ends. A second signal,
+    2 seconds or more after the first, ends the process at once (nearer ones are echoes: torchrun
+    passes on what the terminal has sent already).
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, ranks: Ranks):
+        self._wish, self._since = 0, 0.0
+        self._group = second_group() if ranks.world_size > 1 else None
+        self._box, self._answer = torch.zeros(1, dtype=torch.int32), None
+
+    def __enter__(self) -> "StopSignals":
+        main_thread = threading.current_thread() is threading.main_thread()
+        self._before = {n: signal.signal(n, self._receive) for n in self.NUMBERS} \
+            if main_thread else {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        if not self._wish:
+            self._wish, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since >= 2:
+            os._exit(128 + number)
+
+    def ask(self) -> None:
+        """Tells the other ranks what this one has received, without waiting for them."""
+        self._box.fill_(self._wish)
+        if self._group is not None:
+            self._answer = dist.all_reduce(self._box, dist.ReduceOp.MAX, group=self._group,
+                                           async_op=True)
+
+    def granted(self) -> int:
+        """The signal that some rank told with `ask`, 0 for none; the same on every rank."""
+        if self._group is None:
+            return self._wish
+        self._answer.wait()
+        return int(self._box.item())

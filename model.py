@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,13 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with the head tied to the token embedding."""
+    """GPT-2 with the head tied to the token embedding.
+
+    `activation_checkpointing`, off at first, recomputes each block in the backward pass instead of
+    keeping what is inside it.
+    """
+
+    activation_checkpointing = False
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -123,7 +130,10 @@ class GPT(nn.Module):
         pos = torch.arange(T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
         for block in self.transformer.h:
-            x = block(x)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         logits = self.head(self.transformer.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits

@@ -16,6 +16,8 @@ from configurator import Config, ConfigError, changed
 from sophia import Sophia, empirical_fisher, gauss_newton_bartlett, hutchinson
 
 Reduce = Callable[[list[Tensor]], None] | None  # sums tensors over ranks, in place
+# Of losses on sharded parameters: see sophia.gauss_newton_bartlett.
+Accumulate = Callable[[Tensor, bool], list[Tensor] | None] | None
 
 
 class Estimator(NamedTuple):
@@ -38,19 +40,20 @@ class Training(NamedTuple):
     estimator: Estimator | None  # None: the optimizer takes no curvature
 
 
-def build(config: Config, model: nn.Module, *, num_classes: int,
-          all_reduce: Reduce = None) -> Training:
+def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: Reduce = None,
+          sharded: Callable[[list[Tensor]], Accumulate] | None = None) -> Training:
     """The optimizer that `config.optimizer` names, on the model's parameters, and its estimator.
 
     `num_classes` is the number of real classes among the logits. `all_reduce` sums tensors over
-    ranks in place.
+    ranks in place. `sharded` makes the gradient accumulation of parameters split over ranks.
     """
     entry = OPTIMIZERS[config.optimizer]
     optimizer = entry.build(config, parameter_groups(model, config))
     if entry.estimator is None:
         return Training(optimizer, None)
-    return Training(optimizer, entry.estimator(config, optimizer.parameters(), num_classes,
-                                               all_reduce))
+    params = optimizer.parameters()
+    return Training(optimizer, entry.estimator(config, params, num_classes, all_reduce,
+                                               sharded(params) if sharded else None))
 
 
 def check(config: Config, world_size: int) -> None:
@@ -70,6 +73,9 @@ def check(config: Config, world_size: int) -> None:
     if config.gamma_rows != "none" and not config.gamma_target:
         raise ConfigError(f"gamma_rows = {config.gamma_rows} has no effect without gamma_target; "
                           "set both or none", "gamma_rows")
+    if config.parallel == "fsdp" and entry.unsharded:
+        raise ConfigError(f"parallel = fsdp cannot serve optimizer = {config.optimizer}: "
+                          f"{entry.unsharded}; use --parallel=ddp", "parallel", "optimizer")
     if entry.estimator is None:
         return
     rows, chunks = config.hessian_batch_size, config.hessian_chunks
@@ -83,6 +89,11 @@ def check(config: Config, world_size: int) -> None:
     if chunks > 1 and chunks % world_size:
         raise ConfigError(f"hessian_chunks = {chunks} is neither 1 nor a multiple of the "
                           f"{world_size} ranks; choose one", "hessian_chunks")
+    if config.parallel == "fsdp" and world_size > 1 and chunks > 1:
+        raise ConfigError(f"hessian_chunks = {chunks} with parallel = fsdp: the ranks reduce each "
+                          "chunk's gradients together, so that chunks would depend on their "
+                          "number; leave it at 1, or use --parallel=ddp", "hessian_chunks",
+                          "parallel")
     if rows % chunks:
         raise ConfigError(f"hessian_batch_size = {rows} does not divide into hessian_chunks = "
                           f"{chunks}; choose a divisor", "hessian_chunks", "hessian_batch_size")
@@ -140,7 +151,7 @@ def _chunk_size(config: Config) -> int | None:
 
 
 def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
-                  all_reduce: Reduce) -> Estimator:
+                  all_reduce: Reduce, accumulate: Accumulate = None) -> Estimator:
     """Gauss-Newton-Bartlett (Algorithm 2)."""
     def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -148,23 +159,24 @@ def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
         return gauss_newton_bartlett(
             forward, inputs, params, uniforms=uniforms[first_row:first_row + len(inputs)],
             mask=targets != -100, num_classes=num_classes, chunk_size=_chunk_size(config),
-            micro_batch_size=config.batch_size, all_reduce=all_reduce)
+            micro_batch_size=config.batch_size, all_reduce=all_reduce, accumulate=accumulate)
 
     return Estimator(estimate)
 
 
 def empirical_fisher_estimator(config: Config, params: list[Tensor], num_classes: int,
-                               all_reduce: Reduce) -> Estimator:
+                               all_reduce: Reduce, accumulate: Accumulate = None) -> Estimator:
     """n times the squared gradient on the true labels (E-F of Fig. 7)."""
     def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
         return empirical_fisher(forward, inputs, targets, params, chunk_size=_chunk_size(config),
-                                micro_batch_size=config.batch_size, all_reduce=all_reduce)
+                                micro_batch_size=config.batch_size, all_reduce=all_reduce,
+                                accumulate=accumulate)
 
     return Estimator(estimate)
 
 
 def hutchinson_estimator(config: Config, params: list[Tensor], num_classes: int,
-                         all_reduce: Reduce) -> Estimator:
+                         all_reduce: Reduce, accumulate: Accumulate = None) -> Estimator:
     """Hutchinson (Algorithm 1) on the mean loss; one probe, the same on all ranks."""
     def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
         def summed_loss(rows: slice) -> Tensor:
@@ -429,27 +441,32 @@ class Entry(NamedTuple):
     its own values of settings whose defaults are Sophia-G's."""
 
     build: Callable[[Config, list[dict]], torch.optim.Optimizer]
-    estimator: Callable[[Config, list[Tensor], int, Reduce], Estimator] | None = None
+    estimator: Callable[[Config, list[Tensor], int, Reduce, Accumulate], Estimator] | None = None
     defaults: dict[str, float] = {}  # noqa: RUF012 (never written)
     is_sophia: bool = False  # knows gamma_target, bias correction and compilation
+    unsharded: str = ""  # why its parameters cannot be split over ranks
 
 
+_SECOND_DERIVATIVES = "Hutchinson's estimate differentiates twice, which FSDP2 does not"
 _ADAMW = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 _HUTCHINSON = dict(gamma=0.01, hessian_batch_size=32)
 
 OPTIMIZERS: dict[str, Entry] = {
     "adamw": Entry(_adamw, None, _ADAMW),
     "lion": Entry(_lion, None, dict(beta1=0.95, beta2=0.98)),
-    "muon": Entry(_muon, None, _ADAMW),
+    "muon": Entry(_muon, None, _ADAMW, unsharded="it orthogonalises whole matrices"),
     "adahessian": Entry(_adahessian, hutchinson_estimator,
-                        dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32)),
+                        dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32),
+                        unsharded=_SECOND_DERIVATIVES),
     "sophiag": Entry(_sophia(Sophia), gnb_estimator, is_sophia=True),
-    "sophiah": Entry(_sophia(Sophia), hutchinson_estimator, _HUTCHINSON, is_sophia=True),
+    "sophiah": Entry(_sophia(Sophia), hutchinson_estimator, _HUTCHINSON, is_sophia=True,
+                     unsharded=_SECOND_DERIVATIVES),
     # Fig. 7 of the paper
     "clip": Entry(_sophia(Sophia)),  # without an estimate h stays 0: sign momentum
     "normalize": Entry(_normalize),
     "ef_clip": Entry(_sophia(Sophia), empirical_fisher_estimator, is_sophia=True),
-    "ah_clip": Entry(_sophia(AdaHessianClip), hutchinson_estimator, _HUTCHINSON),
+    "ah_clip": Entry(_sophia(AdaHessianClip), hutchinson_estimator, _HUTCHINSON,
+                     unsharded=_SECOND_DERIVATIVES),
     "gnb_unclipped": Entry(_sophia(SophiaUnclipped), gnb_estimator,
                            dict(gamma=1.0, eps=1e-2, hessian_interval=2)),
 }

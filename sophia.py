@@ -167,7 +167,7 @@ class Sophia(torch.optim.Optimizer):
             floor.append((h <= group["eps"]).sum())
             kinds.setdefault(group.get("kind"), []).append((unclipped[-1], p.numel()))
             if group["gamma_target"] and "gamma" in state:
-                gammas.append(state["gamma"].flatten())
+                gammas.append(_whole(state["gamma"]).flatten())
         count = sum(p.numel() for _, p, _ in seen)
         found = {
             "unclipped_fraction": torch.stack(unclipped).sum() / count,
@@ -183,7 +183,7 @@ class Sophia(torch.optim.Optimizer):
             gamma = torch.cat(gammas)
             found["gamma"] = torch.where(gamma > 0, gamma.log(), 0).sum().div(
                 (gamma > 0).sum().clamp_min(1)).exp()
-        return found
+        return {name: _whole(value) for name, value in found.items()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores `state_dict()`, keeping the state's own precision under bf16 parameters."""
@@ -277,14 +277,18 @@ def _sample(x: Tensor, rows: bool) -> Tensor:
     x = x[:, ::-(-x.size(1) // CONTROL_PER_ROW)]  # (rows, n)
     if rows:
         return x
-    if hasattr(x, "full_tensor"):  # a shard: the sample of all ranks, a small part of the tensor
-        x = x.full_tensor()
+    x = _whole(x)  # of a shard, the sample of all ranks: a small part of the tensor
     return x[::-(-x.numel() // CONTROL_PER_TENSOR)].reshape(1, -1)
 
 
 def _local(x):
     """This rank's part of a sharded tensor (FSDP2); anything else as it is."""
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A sharded tensor gathered on every rank; any other as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _gamma(state: dict, group: dict):
@@ -350,6 +354,7 @@ def gauss_newton_bartlett(
     chunk_size: int | None = None,
     micro_batch_size: int | None = None,
     all_reduce: Callable[[list[Tensor]], None] | None = None,
+    accumulate: Callable[[Tensor, bool], list[Tensor] | None] | None = None,
 ) -> list[Tensor]:
     """Gauss-Newton-Bartlett estimate of the Hessian's diagonal (Algorithm 2): one tensor per param.
 
@@ -374,6 +379,9 @@ def gauss_newton_bartlett(
             expectation, and with C chunks a relative deviation of sqrt(2/C) instead of sqrt(2).
         micro_batch_size: rows per forward pass, to bound memory; no effect on the result.
         all_reduce: sums a list of tensors over ranks in place, when each rank has its own rows.
+        accumulate: for parameters whose gradients only `backward` reaches (FSDP2's shards).
+            `accumulate(loss, last)` adds up the gradients of losses, and at the last one returns
+            their sum over all ranks and starts anew. A chunk then has the rows of all ranks.
 
     Raises ValueError without rows. Where no position is left to label, hhat is 0.
     """
@@ -387,13 +395,15 @@ def gauss_newton_bartlett(
         return sampled_loss(outputs, noise, kept, num_classes)
 
     return _squared_gradients(summed_loss, len(inputs), params, chunk_size, micro_batch_size,
-                              all_reduce)
+                              all_reduce, accumulate)
 
 
 def empirical_fisher(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor,
                      params: Sequence[Tensor], *, chunk_size: int | None = None,
                      micro_batch_size: int | None = None,
-                     all_reduce: Callable[[list[Tensor]], None] | None = None) -> list[Tensor]:
+                     all_reduce: Callable[[list[Tensor]], None] | None = None,
+                     accumulate: Callable[[Tensor, bool], list[Tensor] | None] | None = None,
+                     ) -> list[Tensor]:
     """n * g * g for the gradient g of the mean cross-entropy on the true labels (E-F of Fig. 7).
 
     Not an estimate of the Gauss-Newton diagonal; the paper's ablation of it. `targets` are class
@@ -408,42 +418,59 @@ def empirical_fisher(model: Callable[[Tensor], Tensor], inputs: Tensor, targets:
         return loss, (labels != -100).sum()
 
     return _squared_gradients(summed_loss, len(inputs), params, chunk_size, micro_batch_size,
-                              all_reduce)
+                              all_reduce, accumulate)
 
 
 def _squared_gradients(summed_loss: Callable[[slice], tuple[Tensor, Tensor]], rows: int,
                        params: Sequence[Tensor], chunk_size: int | None,
-                       micro_batch_size: int | None, all_reduce) -> list[Tensor]:
+                       micro_batch_size: int | None, all_reduce, accumulate) -> list[Tensor]:
     """sum_c S_c * S_c / n: S_c the gradient of `summed_loss` over chunk c, n all its counts."""
     params = list(params)
     if rows == 0:
         raise ValueError("a curvature estimate needs at least one row of inputs")
+    summed_already = accumulate is not None
+    accumulate = accumulate or _accumulator(params)
     squares: list[Tensor] | None = None
     count = torch.zeros((), dtype=torch.int64, device=params[0].device)
     step = chunk_size or rows
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        gradient: list[Tensor] | None = None
-        for start in range(first, last, micro_batch_size or step):
+        size = micro_batch_size or step
+        for start in range(first, last, size):
             with torch.enable_grad():
-                loss, n = summed_loss(slice(start, min(start + (micro_batch_size or step), last)))
-            part = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+                loss, n = summed_loss(slice(start, min(start + size, last)))
+            gradient = accumulate(loss, start + size >= last)
             count += n
-            if gradient is None:
-                gradient = _separate(part)
-            else:
-                torch._foreach_add_(gradient, part)
-        if all_reduce is not None and chunk_size is None:
+        if all_reduce is not None and chunk_size is None and not summed_already:
             all_reduce([*gradient, count])
         torch._foreach_mul_(gradient, gradient)
         if squares is None:
             squares = gradient
         else:
             torch._foreach_add_(squares, gradient)
-    if all_reduce is not None and chunk_size is not None:
-        all_reduce([*squares, count])
+    if all_reduce is not None and (chunk_size is not None or summed_already):
+        all_reduce([count] if summed_already else [*squares, count])
     torch._foreach_div_(squares, count.to(squares[0].dtype).clamp_min(1))
     return squares
+
+
+def _accumulator(params: list[Tensor]) -> Callable[[Tensor, bool], list[Tensor] | None]:
+    """Adds up gradients of losses without touching `.grad`, on this rank alone."""
+    gradient: list[Tensor] = []
+
+    def accumulate(loss: Tensor, last: bool) -> list[Tensor] | None:
+        nonlocal gradient
+        part = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        if gradient:
+            torch._foreach_add_(gradient, part)
+        else:
+            gradient = _separate(part)
+        if not last:
+            return None
+        done, gradient = gradient, []
+        return done
+
+    return accumulate
 
 
 def _categorical_loss(logits: Tensor, uniforms: Tensor | None, mask: Tensor | None,

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import textwrap
 import time
@@ -26,7 +27,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import checkpoint as checkpoints
-from checkpoint import Checkpoint, CheckpointError
+from checkpoint import Checkpoint, CheckpointError, RunLock, Saver
 from configurator import (
     Config,
     ConfigError,
@@ -49,11 +50,16 @@ from dataloader import (
 from distributed import (
     DeviceError,
     Ranks,
+    StopSignals,
     gradient_sync,
+    local,
     on_main,
+    reshard,
+    sharded_gradients,
     start_ranks,
     stop_ranks,
     sum_over_ranks,
+    whole,
     world_size,
     wrap,
 )
@@ -68,11 +74,21 @@ RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer")
 
 
 # What belongs to the place of a run and is never taken from a checkpoint.
-LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "compile", "compile_optimizer"}
+LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation_checkpointing",
+              "compile", "compile_optimizer"}
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step."""
+
+
+class Stopped(Exception):
+    """A signal ended training after a save."""
+
+    def __init__(self, number: int, done: int, out_dir: str):
+        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name} after {done} steps, saved in "
+                         f"{out_dir}; the same command with --init_from=auto goes on from there")
 
 
 @dataclass
@@ -95,6 +111,7 @@ class Run:
     estimator: Estimator | None
     batches: Prefetcher
     tally: Tally
+    sharded: bool  # parameters are split over ranks
 
     def autocast(self):
         """The context of every forward pass."""
@@ -113,6 +130,10 @@ def main(argv: list[str]) -> None:
     except TrainingError as error:
         print(f"error: {_on_this_rank(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        raise SystemExit(128 + stopped.number) from None
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
@@ -133,6 +154,14 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
     _check(config, sources, found=None)
     ranks = start_ranks(config.device)
     out_dir = Path(config.out_dir)
+    with RunLock(out_dir) as lock:
+        if out_dir.is_dir():  # otherwise nothing is written before all is known to fit
+            on_main(ranks, lock.take, CheckpointError)
+        _train_alone(config, sources, ranks, out_dir, lock)
+
+
+def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir: Path,
+                 lock: RunLock) -> None:
     found = on_main(ranks, lambda: _find_checkpoint(config, out_dir), ConfigError, CheckpointError)
     config, notes = _settle(config, sources, found, ranks)
     _check(config, sources, found)
@@ -152,14 +181,18 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
         return
     if config.sample_tokens:
         get_tokenizer(data.tokenizer)  # better missed now than after training
+    on_main(ranks, lock.take, CheckpointError)
     on_main(ranks, lambda: _write_config(config, out_dir), CheckpointError)
+    saver = Saver(out_dir, ranks, keep=config.keep_checkpoints, keep_best=config.keep_best,
+                  sharded=run.sharded)
     recorder = Recorder(out_dir, first_step=first_step, max_iters=config.max_iters,
                         active=ranks.is_main, wandb=_wandb_settings(config),
                         health=_health(run))
     try:
-        _loop(run, data, out_dir, recorder, first_step)
+        _loop(run, data, saver, recorder, first_step)
     finally:
         recorder.close()
+        saver.close()
     if ranks.is_main:
         _farewell(run, data, out_dir)
 
@@ -169,13 +202,21 @@ def build_run(config: Config, ranks: Ranks, data: Dataset) -> Run:
     torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     torch.manual_seed(config.seed)
     shape = GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS})
-    model = GPT(shape).to(ranks.device)
+    model = GPT(shape)
+    model.activation_checkpointing = config.activation_checkpointing
     if config.dtype == "float64":
         model.double()
+    blocks = list(model.transformer.h)
+    sharded = config.parallel == "fsdp" and ranks.world_size > 1
     if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
-        model.compile()
-    optimizer, estimator = build(config, model, num_classes=data.vocab_size,
-                                 all_reduce=sum_over_ranks if ranks.world_size > 1 else None)
+        for part in blocks if sharded else [model]:
+            part.compile()
+    wrapped = wrap(model, ranks, sharded=sharded, blocks=blocks,
+                   low_precision=config.dtype == "bfloat16")
+    optimizer, estimator = build(
+        config, model, num_classes=data.vocab_size,
+        all_reduce=sum_over_ranks if ranks.world_size > 1 else None,
+        sharded=(lambda params: sharded_gradients(model, params, ranks)) if sharded else None)
 
     def wanted(step: int) -> list[tuple[int, int]]:
         estimates = estimator is not None and step % config.hessian_interval == 0
@@ -187,8 +228,8 @@ def build_run(config: Config, ranks: Ranks, data: Dataset) -> Run:
                      total_batch_size=config.total_batch_size, sampling=config.sampling,
                      vocab_size=data.vocab_size),
         wanted, ranks.device)
-    return Run(config, ranks, model, wrap(model, ranks), optimizer, estimator, batches,
-               Tally(torch.zeros((), device=ranks.device)))
+    return Run(config, ranks, model, wrapped, optimizer, estimator, batches,
+               Tally(torch.zeros((), device=ranks.device)), sharded)
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -210,7 +251,8 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
                 loss = run.wrapped(idx, targets) * (config.batch_size / (last - first))
             loss.backward()
         mean_loss += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    grad_norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(),
+                                               config.grad_clip or math.inf))
     run.tally.steps += 1
     if config.grad_clip:
         run.tally.clipped += grad_norm > config.grad_clip
@@ -245,15 +287,18 @@ def evaluate(run: Run, windows: ValidationWindows) -> float:
     run.model.eval()
     first, last = run.ranks.share(len(windows))
     losses, sizes = [], []
-    for row in range(first, last, run.config.batch_size):
-        stop = min(row + run.config.batch_size, last)
-        idx, targets = inputs_and_targets(windows.rows(row, stop), run.ranks.device)
+    # As many forward passes on every rank: sharded models gather their parameters in step.
+    for start in range(first, first + -(-len(windows) // run.ranks.world_size),
+                       run.config.batch_size):
+        stop = min(start + run.config.batch_size, last)
+        rows = windows.rows(start, stop) if start < stop else windows.rows(0, 1)
+        idx, targets = inputs_and_targets(rows, run.ranks.device)
         with run.autocast():
             losses.append(run.model(idx, targets))
-        sizes.append(stop - row)
+        sizes.append(max(0, stop - start))
+    reshard(run.model)
     run.model.train()
-    total = sum(loss * n for loss, n in zip(torch.stack(losses).tolist() if losses else [], sizes,
-                                            strict=True))
+    total = sum(loss * n for loss, n in zip(torch.stack(losses).tolist(), sizes, strict=True))
     pair = torch.tensor([total, sum(sizes)], dtype=torch.float64)
     if run.ranks.world_size > 1:
         pair = pair.to(run.ranks.device)
@@ -262,25 +307,32 @@ def evaluate(run: Run, windows: ValidationWindows) -> float:
     return total / count
 
 
-def _loop(run: Run, data: Dataset, out_dir: Path, recorder: Recorder, first_step: int) -> None:
+def _loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: int) -> None:
     config = run.config
     windows = ValidationWindows(data.val, block_size=config.block_size, limit=config.eval_windows,
                                 vocab_size=data.vocab_size)
     clock = _Clock(first_step)
-    for step in range(first_step, config.max_iters):
-        loss, grad_norm = train_step(run, step)
-        done, last = step + 1, step + 1 == config.max_iters
-        record = {}
-        if step % config.log_interval == 0 or last:
-            record |= _measure(run, step, loss, grad_norm, clock)
-        with clock.paused():
-            if done % config.eval_interval == 0 or last:
-                record["val/loss"] = evaluate(run, windows)
-            if record:
-                recorder.record({"step": step, **record})
-            _refuse_non_finite(step, record)
-            if done % config.checkpoint_interval == 0 or last:
-                _save(run, data, out_dir, done)
+    with StopSignals(run.ranks) as signals:
+        for step in range(first_step, config.max_iters):
+            signals.ask()
+            loss, grad_norm = train_step(run, step)
+            stop = signals.granted()
+            done, last = step + 1, step + 1 == config.max_iters
+            record = {}
+            if step % config.log_interval == 0 or last:
+                record |= _measure(run, step, loss, grad_norm, clock)
+            with clock.paused():
+                if done % config.eval_interval == 0 or last:
+                    record["val/loss"] = evaluate(run, windows)
+                if record:
+                    recorder.record({"step": step, **record})
+                _refuse_non_finite(step, record)
+                if done % config.checkpoint_interval == 0 or last or stop:
+                    _save(run, data, saver, done, record.get("val/loss"))
+            if stop and not last:
+                saver.settle()
+                raise Stopped(stop, done, config.out_dir)
+        saver.settle()
 
 
 class _Clock:
@@ -408,36 +460,27 @@ def _fit_vocabulary(config: Config, sources: dict[str, str], data: Dataset) -> C
 
 def _restore(run: Run, found: Checkpoint) -> int:
     """Loads parameters and optimizer state; the number of steps done."""
-    try:
-        run.model.load_state_dict(found.model_tensors())
-        checkpoints.restore_state(run.optimizer, found.optimizer_tensors())
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{found.folder} is a checkpoint of another model: "
-                              f"{str(error).splitlines()[0]}") from error
+    found.restore(run.model, run.optimizer)
     run.tally.steps = found.state["tally"]["steps"]
     run.tally.clipped.fill_(found.state["tally"]["clipped"])
     return found.state["step"]
 
 
-def _save(run: Run, data: Dataset, out_dir: Path, done: int) -> None:
-    """Saves on rank 0; every rank raises when it fails or the parameters are not finite."""
-    norms = torch.stack(torch._foreach_norm(list(run.model.parameters())))
-    if not torch.isfinite(norms).all():  # sync
+def _save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | None) -> None:
+    """Starts to save, on every rank; raises on every rank when the parameters are not finite."""
+    norms = torch._foreach_norm([local(p) for p in run.model.parameters()])
+    bad = (~torch.isfinite(torch.stack(norms))).any().int()
+    sum_over_ranks([bad])
+    if bad.item():  # sync
         raise TrainingError(f"step {done - 1}: parameters are not finite, so no checkpoint is "
                             "written; continue the newest one with a lower learning_rate")
-    on_main(run.ranks, lambda: _save_here(run, data, out_dir, done), CheckpointError)
-
-
-def _save_here(run: Run, data: Dataset, out_dir: Path, done: int) -> None:
-    state = dict(
-        format=1, step=done,
+    saver.save(run.model.state_dict(), checkpoints.flatten_state(run.optimizer), dict(
+        format=1, step=done, val_loss=val_loss,
         tally=dict(steps=run.tally.steps, clipped=run.tally.clipped.item()),
         config=as_dict(run.config), data=data.fingerprint,
         tokenizer=data.tokenizer, num_classes=data.vocab_size, world_size=run.ranks.world_size,
         versions=dict(python=platform.python_version(), torch=torch.__version__,
-                      numpy=np.__version__))
-    checkpoints.save(out_dir, run.model.state_dict(), checkpoints.flatten_state(run.optimizer),
-                     state, run.config.keep_checkpoints)
+                      numpy=np.__version__)))
 
 
 def _write_config(config: Config, out_dir: Path) -> None:
@@ -481,7 +524,7 @@ def _wandb_settings(config: Config) -> dict | None:
 
 def _farewell(run: Run, data: Dataset, out_dir: Path) -> None:
     """A short sample and the commands to try next."""
-    if run.config.sample_tokens:
+    if run.config.sample_tokens and not run.sharded:
         tokenizer = get_tokenizer(data.tokenizer)
         start = torch.tensor([[tokenizer.eot_token]], device=run.ranks.device)
         generator = torch.Generator(run.ranks.device).manual_seed(run.config.seed)

@@ -69,6 +69,11 @@ class Config(Settings):
     keep_checkpoints: int = knob(2, "newest checkpoints kept", low=2)
     keep_best: bool = knob(True, "also keep the checkpoint with the lowest val/loss of those that "
                                  "were saved on an evaluation's step")
+    on_nonfinite: Literal["stop", "skip"] = knob(
+        "stop", "when a loss, gradient or estimate is not finite: nothing is updated, and the run "
+                "ends or leaves that step out")
+    max_skipped: int = knob(10, "with on_nonfinite=skip: most in a row before the run ends",
+                            unit="steps", low=1)
     sample_tokens: int = knob(0, "length of the text sampled when training ends; 0 = none",
                               unit="tokens", low=0)
     wandb_log: bool = knob(False, "also record to Weights & Biases")

@@ -119,6 +119,22 @@ def advice(config: Config) -> list[str]:
     return []
 
 
+def unless(refused: Tensor, optimizer: torch.optim.Optimizer, action: Callable[[], object]) -> None:
+    """Runs `action`, a step or an `update_hessian`, that changes nothing where `refused` is not 0.
+
+    `refused` is a 0-dim float32 tensor on the device. Optimizers that can (compiled Sophia, fused
+    AdamW) look at it there; for others the host does, once per call.
+    """
+    if isinstance(optimizer, Sophia) or optimizer.defaults.get("fused"):
+        optimizer.found_inf = refused
+        try:
+            action()
+        finally:
+            optimizer.found_inf = None
+    elif not refused.item():  # host sync
+        action()
+
+
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     """Param groups by kind: embeddings, matrices, vectors. Vectors do not decay. Each once."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -271,7 +287,7 @@ class AdaHessian(Sophia):
     def _curvature(self, hhat: Tensor) -> Tensor:
         return hhat * hhat
 
-    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+    def _update(self, p: Tensor, state: dict, group: dict, refused: None) -> None:
         m, v, (beta1, beta2) = state["exp_avg"], state["hessian"], group["betas"]
         state["steps"] = state.get("steps", torch.zeros_like(state["estimates"])) + 1
         m.lerp_(p.grad.to(m.dtype), 1 - beta1)
@@ -293,7 +309,7 @@ class AdaHessianClip(Sophia):
     def _curvature(self, hhat: Tensor) -> Tensor:
         return hhat * hhat
 
-    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+    def _update(self, p: Tensor, state: dict, group: dict, refused: None) -> None:
         m = state["exp_avg"].lerp_(p.grad.to(state["exp_avg"].dtype), 1 - group["betas"][0])
         floor = (group["gamma"] * state["hessian"].sqrt()).clamp_min_(group["eps"])
         _move(p, (m / floor).clamp_(-1, 1), group)
@@ -310,7 +326,7 @@ class SophiaUnclipped(Sophia):
         """`Sophia.statistics` without what concerns clipping."""
         return _without_clipping(super().statistics())
 
-    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+    def _update(self, p: Tensor, state: dict, group: dict, refused: None) -> None:
         m = state["exp_avg"].lerp_(p.grad.to(state["exp_avg"].dtype), 1 - group["betas"][0])
         _move(p, m / (group["gamma"] * state["hessian"]).clamp_min_(group["eps"]), group)
 

@@ -61,7 +61,13 @@ class Sophia(torch.optim.Optimizer):
     State, in float32 (float64 for float64 parameters): `exp_avg` (m), `hessian` (h), `estimates`
     (their number, on the CPU), and under gamma_target `gamma`, shape (rows, 1, ...) or (). Raises
     ValueError naming the value that is out of range; RuntimeError on sparse gradients.
+
+    Where the attribute `found_inf` (torch's name for it, a 0-dim tensor set from outside) is not
+    0, `step` and `update_hessian` change no parameter and no state; a compiled step finds that out
+    on the device, without a host sync.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params, lr: float = 4e-4, betas: tuple[float, float] = (0.96, 0.99),
                  gamma: float = 0.05, eps: float = 1e-12, weight_decay: float = 0.2, *,
@@ -97,6 +103,9 @@ class Sophia(torch.optim.Optimizer):
             if hhat is not None and hhat.shape != p.shape:
                 raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} for "
                                  f"a parameter of shape {tuple(p.shape)}")
+        refused = self._refused("bias_correction")
+        if refused is True:
+            return
         remaining = iter(estimates)
         for group in self.param_groups:
             for p in group["params"]:
@@ -105,7 +114,10 @@ class Sophia(torch.optim.Optimizer):
                     state = self._state(p)
                     state["estimates"] += 1
                     h = state["hessian"]
-                    h.lerp_(self._curvature(hhat.to(h.dtype)), 1 - group["betas"][1])
+                    hhat = self._curvature(hhat.to(h.dtype))
+                    if refused is not None:
+                        hhat = torch.where(refused != 0, h, hhat)
+                    h.lerp_(hhat, 1 - group["betas"][1])
         self._estimated = True
 
     @torch.no_grad()
@@ -118,6 +130,9 @@ class Sophia(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refused = self._refused("gamma_target" if self._estimated else "")
+        if refused is True:
+            return loss
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -131,15 +146,24 @@ class Sophia(torch.optim.Optimizer):
                         state.get("gamma"), p.grad, state["exp_avg"], state["hessian"],
                         beta1=group["betas"][0], target=group["gamma_target"],
                         rows=group["gamma_rows"] and p.dim() >= 2)
-                self._update(p, state, group)
+                self._update(p, state, group, refused)
         self._estimated = False
         return loss
 
-    def _update(self, p: Tensor, state: dict, group: dict) -> None:
+    def _refused(self, unless: str) -> Tensor | bool | None:
+        """`found_inf` for masking on the device; True or None where the host must know it: in an
+        eager step, and in groups whose option `unless` is set."""
+        if self.found_inf is None:
+            return None
+        if all(g["compiled"] and not g.get(unless) for g in self.param_groups):
+            return self.found_inf
+        return bool(self.found_inf) or None  # host sync
+
+    def _update(self, p: Tensor, state: dict, group: dict, refused: Tensor | None) -> None:
         update = _run_compiled if group["compiled"] else sophia_update
         tensors = (p, p.grad, state["exp_avg"], state["hessian"], _gamma(state, group))
         update(*map(_local, tensors), group["lr"], 1 - group["lr"] * group["weight_decay"],
-               group["betas"][0], group["eps"])
+               group["betas"][0], group["eps"], refused)
 
     def _curvature(self, hhat: Tensor) -> Tensor:
         """What h averages."""
@@ -218,13 +242,19 @@ class SophiaH(Sophia):
 
 
 def sophia_update(p: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, decay, beta1: float,
-                  eps: float) -> None:
+                  eps: float, refused: Tensor | None = None) -> None:
     """The update rule, in place on p and m. `decay` is 1 - lr * weight_decay.
 
     p, g, m, h have one shape; gamma is a number or a tensor that broadcasts; lr and decay are
-    numbers or 0-dim tensors (so that a compiled version serves every step).
+    numbers or 0-dim tensors (so that a compiled version serves every step). Where `refused`, 0-dim,
+    is not 0, p and m stay as they are.
     """
-    m.lerp_(g.to(m.dtype), 1 - beta1)
+    g = g.to(m.dtype)
+    if refused is not None:  # then g becomes m, lr 0 and decay 1
+        g = torch.where(refused != 0, m, g)
+        lr = torch.where(refused != 0, 0, lr)
+        decay = torch.where(refused != 0, 1, decay)
+    m.lerp_(g, 1 - beta1)
     update = h * gamma
     update = torch.div(m, update.clamp_min_(eps), out=update).clamp_(-1, 1)
     wide = p.to(m.dtype)  # p itself unless its precision is lower
@@ -238,7 +268,7 @@ def _compiled_update():
     return torch.compile(sophia_update, dynamic=True)
 
 
-def _run_compiled(p, g, m, h, gamma, lr, decay, beta1: float, eps: float) -> None:
+def _run_compiled(p, g, m, h, gamma, lr, decay, beta1: float, eps: float, refused) -> None:
     """sophia_update through one compiled function for tensors of all sizes and all steps."""
     if not isinstance(gamma, Tensor):
         gamma = torch.tensor(gamma, dtype=torch.float64)
@@ -246,7 +276,7 @@ def _run_compiled(p, g, m, h, gamma, lr, decay, beta1: float, eps: float) -> Non
     if gamma.dim() == 0 and all(x.is_contiguous() for x in tensors):
         tensors = tuple(x.view(-1) for x in tensors)
     lr, decay = (torch.as_tensor(x, dtype=torch.float64) for x in (lr, decay))
-    _compiled_update()(*tensors, gamma, lr, decay, beta1, eps)
+    _compiled_update()(*tensors, gamma, lr, decay, beta1, eps, refused)
 
 
 def control_gamma(old: Tensor | None, g: Tensor, m: Tensor, h: Tensor, *, beta1: float,

@@ -65,7 +65,7 @@ from distributed import (
 )
 from metrics import Health, Recorder, peak_flops
 from model import GPT, GPTConfig
-from optimizers import Estimator, advice, build, check, cosine_lr, with_own_defaults
+from optimizers import Estimator, advice, build, check, cosine_lr, unless, with_own_defaults
 from tokenizer import TokenizerError, get_tokenizer
 
 MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
@@ -99,6 +99,58 @@ class Tally:
     steps: int = 0
 
 
+class Guard:
+    """Keeps what is not finite out of the state, on every rank at once and without a host sync.
+
+    A step is refused when some rank's loss or the gradient norm is not finite, an estimate when it
+    is not. More than `limit` of either in a row end the run: every step is refused from then on,
+    until `explain` tells the host.
+    """
+
+    KINDS = ("loss", "gradient norm", "curvature estimate")
+
+    def __init__(self, limit: int, ranks: Ranks):
+        self.limit, self.ranks = limit, ranks
+        self.in_a_row = torch.zeros(2, dtype=torch.int64, device=ranks.device)
+        # refused so far; of the end: whether, step, kind, on how many ranks, their sum
+        self.report = torch.zeros(6, dtype=torch.int64, device=ranks.device)
+
+    def judge_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """1.0 where the step must change nothing, else 0.0."""
+        return self._judge(step, torch.stack([loss.detach(), grad_norm]), self.in_a_row[0], 0)
+
+    def judge_estimate(self, step: int, estimate: list[Tensor]) -> Tensor:
+        """1.0 where the estimate must change nothing, else 0.0."""
+        norms = torch.stack(torch._foreach_norm([local(x) for x in estimate]))
+        return self._judge(step, norms.sum().unsqueeze(0), self.in_a_row[1], 2)
+
+    def _judge(self, step: int, values: Tensor, in_a_row: Tensor, first_kind: int) -> Tensor:
+        on = (~torch.isfinite(values)).long()
+        both = torch.stack([on, on * self.ranks.rank])
+        if self.ranks.world_size > 1:
+            sum_over_ranks([both])
+        bad = both[0].any().long()
+        in_a_row.mul_(bad).add_(bad)
+        self.report[0] += bad
+        kind = both[0].ne(0).int().argmax()
+        end = torch.stack([torch.ones_like(bad), torch.full_like(bad, step), kind + first_kind,
+                           *both.index_select(1, kind.unsqueeze(0)).flatten()])
+        ends = (in_a_row > self.limit) & (self.report[1] == 0)
+        self.report[1:] = torch.where(ends, end, self.report[1:])
+        return (bad | self.report[1]).float()
+
+    def explain(self, report: list[float]) -> None:
+        """Raises TrainingError when `report`, read from the device, says that the run has ended."""
+        _, ended, step, kind, on, rank = map(int, report)
+        if ended:
+            where = f" on rank {rank}" if on == 1 < self.ranks.world_size else ""
+            times = f" for the {self.limit + 1}th time in a row" if self.limit else ""
+            raise TrainingError(
+                f"step {step}: the {self.KINDS[kind]} is not finite{where}{times}; nothing was "
+                "updated. Continue the newest checkpoint with a lower learning_rate, longer "
+                "warm-up, or --on_nonfinite=skip")
+
+
 @dataclass
 class Run:
     """What one step needs."""
@@ -111,6 +163,7 @@ class Run:
     estimator: Estimator | None
     batches: Prefetcher
     tally: Tally
+    guard: Guard
     sharded: bool  # parameters are split over ranks
 
     def autocast(self):
@@ -229,7 +282,8 @@ def build_run(config: Config, ranks: Ranks, data: Dataset) -> Run:
                      vocab_size=data.vocab_size),
         wanted, ranks.device)
     return Run(config, ranks, model, wrapped, optimizer, estimator, batches,
-               Tally(torch.zeros((), device=ranks.device)), sharded)
+               Tally(torch.zeros((), device=ranks.device)),
+               Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -256,7 +310,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     run.tally.steps += 1
     if config.grad_clip:
         run.tally.clipped += grad_norm > config.grad_clip
-    run.optimizer.step()
+    unless(run.guard.judge_step(step, mean_loss, grad_norm), run.optimizer, run.optimizer.step)
     run.optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
 
@@ -277,8 +331,10 @@ def update_curvature(run: Run, step: int) -> None:
         with run.autocast():
             return bare(idx)
 
-    run.optimizer.update_hessian(run.estimator.estimate(
-        forward, idx, targets, first, keyed_seed(config.seed, "hessian", step)))
+    estimate = run.estimator.estimate(forward, idx, targets, first,
+                                      keyed_seed(config.seed, "hessian", step))
+    unless(run.guard.judge_estimate(step, estimate), run.optimizer,
+           lambda: run.optimizer.update_hessian(estimate))
 
 
 @torch.no_grad()
@@ -322,12 +378,16 @@ def _loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step:
             if step % config.log_interval == 0 or last:
                 record |= _measure(run, step, loss, grad_norm, clock)
             with clock.paused():
-                if done % config.eval_interval == 0 or last:
+                evaluates = done % config.eval_interval == 0 or last
+                saves = done % config.checkpoint_interval == 0 or last or stop
+                if evaluates or saves:
+                    run.guard.explain(run.guard.report.tolist())  # sync
+                if evaluates:
                     record["val/loss"] = evaluate(run, windows)
                 if record:
                     recorder.record({"step": step, **record})
                 _refuse_non_finite(step, record)
-                if done % config.checkpoint_interval == 0 or last or stop:
+                if saves:
                     _save(run, data, saver, done, record.get("val/loss"))
             if stop and not last:
                 saver.settle()
@@ -363,8 +423,12 @@ def _measure(run: Run, step: int, loss: Tensor, grad_norm: Tensor, clock: _Clock
                 "norm_clip_rate": run.tally.clipped / run.tally.steps}
     if hasattr(run.optimizer, "statistics"):
         measured |= run.optimizer.statistics()
-    values = torch.stack([value.float() for value in measured.values()]).tolist()  # sync
-    record = dict(zip(measured, values, strict=True))
+    values = torch.cat([torch.stack([value.double() for value in measured.values()]),
+                        run.guard.report.double()]).tolist()  # sync
+    record, report = dict(zip(measured, values, strict=False)), values[len(measured):]
+    run.guard.explain(report)
+    if report[0]:
+        record["refused"] = int(report[0])
     run.tally.clipped.zero_()
     run.tally.steps = 0
     steps, seconds = clock.read(step + 1)
@@ -388,10 +452,9 @@ def _seed_dropout(config: Config, purpose: str, step: int, row: int) -> None:
 
 
 def _refuse_non_finite(step: int, record: dict) -> None:
-    for name in ("train/loss", "val/loss"):
-        if not math.isfinite(record.get(name, 0)):
-            raise TrainingError(f"step {step}: {name} is {record[name]}; continue the newest "
-                                "checkpoint with a lower learning_rate, or longer warm-up")
+    if not math.isfinite(record.get("val/loss", 0)):
+        raise TrainingError(f"step {step}: val/loss is {record['val/loss']}; continue the newest "
+                            "checkpoint with a lower learning_rate, or longer warm-up")
 
 
 def _check(config: Config, sources: dict[str, str], found: Checkpoint | None) -> None:

@@ -266,9 +266,9 @@ def test_an_out_dir_that_cannot_be_written_is_refused(tiny, refused, tmp_path):
     assert "cannot write to --out_dir" in refused(train.main, tiny(out_dir=tmp_path / "file"))
 
 
-@pytest.mark.parametrize("log_interval, words", [(1, "loss is nan"), (50, "are not finite")])
+@pytest.mark.parametrize("log_interval", [1, 50])
 def test_what_is_not_finite_ends_the_run_and_is_never_saved(tiny, tmp_path, capsys, monkeypatch,
-                                                            log_interval, words):
+                                                            log_interval):
     original = train.train_step
 
     def poisoned(run, step):
@@ -282,7 +282,7 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tiny, tmp_path, caps
     with pytest.raises(SystemExit) as stopped:
         run_train(*tiny(f"--log_interval={log_interval}", "--max_iters=20", "--eval_interval=50"))
     assert stopped.value.code == 1
-    assert words in capsys.readouterr().err
+    assert "loss is not finite" in capsys.readouterr().err
     assert newest(tmp_path / "run").state["step"] == 3
 
 

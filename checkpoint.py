@@ -288,6 +288,37 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error!r}") from error
 
 
+def foreign_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Parameters, and the model's settings, of a ckpt.pt that nanoGPT or the authors' code wrote.
+
+    The file is read without executing anything. nanoGPT's models have the exact GELU, the authors'
+    (github.com/Liuhong99/Sophia) the tanh one and the switch for inverse-layer scaling. Raises
+    CheckpointError on anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {name.removeprefix("_orig_mod."): x for name, x in content["model"].items()}
+        given = content["model_args"]
+        shape = {key: given[key] for key in ("n_layer", "n_head", "n_embd", "block_size",
+                                             "vocab_size", "bias")}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of nanoGPT or of the authors' code: it "
+                              f"has no {error}") from error
+    except Exception as error:  # whatever a malformed or malicious file makes torch raise
+        raise CheckpointError(f"{path} is refused: it does not load as plain weights "
+                              f"({type(error).__name__}); nothing in it was executed") from error
+    authors = "scale_attn_by_inverse_layer_idx" in given
+    shape["activation"] = "gelu_tanh" if authors else "gelu"
+    shape["scale_attn_by_inverse_layer_idx"] = bool(authors and
+                                                    given["scale_attn_by_inverse_layer_idx"])
+    # The head is tied to wte; older files also hold the causal mask of each layer.
+    kept = {name: x.float() for name, x in tensors.items() if name != "lm_head.weight"
+            and not (name.endswith(".attn.bias") and x.dim() == 4)}
+    return kept, shape
+
+
 def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State tensors as `<parameter number>.<name>`, without hyperparameters."""
     return {f"{number}.{name}": torch.as_tensor(value)

@@ -55,8 +55,10 @@ class Config(Settings):
     """The settings of train.py. Names are nanoGPT's, values GPT-2's and the Sophia paper's."""
 
     out_dir: str = knob("out", "folder for checkpoints and metrics.jsonl", section="run")
-    init_from: Literal["scratch", "resume", "auto"] = knob(
-        "scratch", "start anew, continue the newest checkpoint of out_dir, or either as it is")
+    init_from: str = knob(
+        "scratch", "scratch: start anew; resume: continue the newest checkpoint of out_dir; auto: "
+                   "either, as it is; or the path of nanoGPT's or the authors' ckpt.pt, whose "
+                   "weights a new run starts from")
     seed: int = knob(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
                      high=2**63 - 1)
     eval_interval: int = knob(1000, "between evaluations (the last step is always one)",

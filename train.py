@@ -27,7 +27,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import checkpoint as checkpoints
-from checkpoint import Checkpoint, CheckpointError, RunLock, Saver
+from checkpoint import Checkpoint, CheckpointError, RunLock, Saver, foreign_weights
 from configurator import (
     Config,
     ConfigError,
@@ -222,8 +222,12 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
     if found and found.state["data"] != data.fingerprint:
         raise DataError(f"{data.folder} is not the data that {found.folder} was trained on; give "
                         "the same --dataset, or another --out_dir to start anew")
+    weights = None
+    if config.init_from not in ("scratch", "resume", "auto"):
+        weights, shape = foreign_weights(Path(config.init_from))
+        config = _fit_weights(config, sources, shape)
     config = _fit_vocabulary(config, sources, data)
-    run = build_run(config, ranks, data)
+    run = build_run(config, ranks, data, weights)
     first_step = _restore(run, found) if found else 0
     if ranks.is_main:
         _announce(run, data, [*notes, data.note, *advice(config)])
@@ -250,13 +254,16 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
         _farewell(run, data, out_dir)
 
 
-def build_run(config: Config, ranks: Ranks, data: Dataset) -> Run:
-    """Model, optimizer and batches of a resolved config, freshly initialised."""
+def build_run(config: Config, ranks: Ranks, data: Dataset,
+              weights: dict[str, Tensor] | None = None) -> Run:
+    """Model, optimizer and batches of a resolved config, freshly initialised or from `weights`."""
     torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     torch.manual_seed(config.seed)
     shape = GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS})
     model = GPT(shape)
     model.activation_checkpointing = config.activation_checkpointing
+    if weights is not None:
+        _load_weights(model, weights, config)
     if config.dtype == "float64":
         model.double()
     blocks = list(model.transformer.h)
@@ -471,7 +478,7 @@ def _check(config: Config, sources: dict[str, str], found: Checkpoint | None) ->
 def _find_checkpoint(config: Config, out_dir: Path) -> Checkpoint | None:
     """The checkpoint to continue, None to start anew."""
     found = None
-    if config.init_from == "scratch":
+    if config.init_from not in ("resume", "auto"):
         if checkpoints.checkpoints(out_dir):
             raise ConfigError(f"{out_dir} already holds checkpoints; continue them with "
                               "--init_from=resume, or give another --out_dir", "out_dir")
@@ -509,6 +516,27 @@ def _settle(config: Config, sources: dict[str, str], found: Checkpoint | None,
         return changed(config, **values), sorted(notes)
     except ConfigError as error:
         raise with_sources(error, sources) from None
+
+
+def _fit_weights(config: Config, sources: dict[str, str], shape: dict) -> Config:
+    """The config with the model of foreign weights; activation and context may differ."""
+    for key, value in shape.items():
+        given = getattr(config, key)
+        shorter = key == "block_size" and given < value
+        if key in sources and given != value and key != "activation" and not shorter:
+            raise with_sources(ConfigError(f"{config.init_from} has {key} = {value}, not {given}; "
+                                           "leave it out", key), sources)
+    free = {"activation", "block_size"} & sources.keys()
+    return changed(config, **{k: v for k, v in shape.items() if k not in free})
+
+
+def _load_weights(model: GPT, weights: dict[str, Tensor], config: Config) -> None:
+    try:
+        wpe = weights["transformer.wpe.weight"][:config.block_size]
+        model.load_state_dict(weights | {"transformer.wpe.weight": wpe})
+    except (KeyError, RuntimeError) as error:
+        words = " ".join(str(error).split())
+        raise CheckpointError(f"{config.init_from} does not hold such a model: {words}") from error
 
 
 def _fit_vocabulary(config: Config, sources: dict[str, str], data: Dataset) -> Config:

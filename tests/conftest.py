@@ -103,6 +103,15 @@ def golden_run():
     return replay
 
 
+@pytest.fixture
+def trials(record_property):
+    """Counts the trials in one test marked `trial`, for results/reliability.md."""
+    def count(number, failures=0, differing=0):
+        for name, value in (("trials", number), ("failures", failures), ("differing", differing)):
+            record_property(name, value)
+    return count
+
+
 def _float64(values):
     return torch.tensor(values, dtype=torch.float64)
 

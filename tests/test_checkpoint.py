@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import checkpoint
+import train
 from checkpoint import CheckpointError, checkpoints, newest, save
+from model import GPT, GPTConfig
 
 
 def write(out_dir, step, keep=2):
@@ -32,6 +34,7 @@ def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
     assert newest(tmp_path / "nothing") is None
 
 
+@pytest.mark.trial(6)
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE,
                                   checkpoint.MANIFEST])
 @pytest.mark.parametrize("fault", ["flip", "truncate", "remove"])
@@ -59,7 +62,8 @@ def test_when_none_is_intact_nothing_is_loaded(tmp_path):
             newest(tmp_path)
 
 
-def test_a_save_cut_off_at_any_write_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+@pytest.mark.trial(4)
+def test_a_save_cut_off_at_any_write_leaves_the_old_or_the_new(tmp_path, monkeypatch, trials):
     """Stops the save at its n-th call to the file system, for every n."""
     class Killed(BaseException):
         pass
@@ -96,8 +100,10 @@ def test_a_save_cut_off_at_any_write_leaves_the_old_or_the_new(tmp_path, monkeyp
         write(out_dir, 4)  # and the next save works
         assert newest(out_dir).state["step"] == 4
     assert points > 10
+    trials(points)
 
 
+@pytest.mark.trial(7)
 def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     write(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
@@ -106,6 +112,7 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path, monkeypatch)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step_00000001"]
 
 
+@pytest.mark.trial(7)
 def test_an_out_dir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="could not be written"):
@@ -132,3 +139,87 @@ def test_optimizer_state_round_trips_and_keeps_new_hyperparameters():
     assert second.param_groups[0]["lr"] == 0.5
     for a, b in zip(first.state.values(), second.state.values(), strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def nanogpt_file(path, *, authors=False, prefix="", **changes):
+    """A ckpt.pt of the shape that nanoGPT (or the authors' code) writes, and its model."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=320, bias=True,
+                          activation="gelu_tanh" if authors else "gelu",
+                          scale_attn_by_inverse_layer_idx=authors))
+    state = {prefix + name: x for name, x in model.state_dict().items()}
+    state[prefix + "lm_head.weight"] = model.transformer.wte.weight.detach()
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=320, bias=True,
+                dropout=0.0)
+    if authors:
+        args["scale_attn_by_inverse_layer_idx"] = True
+        state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+        state["transformer.h.1.attn.bias"] = torch.ones(1, 1, 32, 32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.save(dict(model=state, model_args=args, iter_num=7, best_val_loss=torch.tensor(3.0),
+                    optimizer=optimizer.state_dict(), config=dict(a=1)) | changes, path)
+    return model
+
+
+@pytest.mark.parametrize("authors, prefix", [(False, ""), (False, "_orig_mod."), (True, "")])
+def test_foreign_checkpoints_give_the_weights_of_the_same_model(tmp_path, authors, prefix):
+    model = nanogpt_file(tmp_path / "ckpt.pt", authors=authors, prefix=prefix)
+    if authors:  # with biases the mask has the name of c_attn's parent's bias, not of a parameter
+        assert "transformer.h.0.attn.bias" not in model.state_dict()
+    weights, shape = checkpoint.foreign_weights(tmp_path / "ckpt.pt")
+    again = GPT(GPTConfig(**shape))
+    again.load_state_dict(weights)
+    idx = torch.arange(10).unsqueeze(0)
+    assert torch.equal(model(idx), again(idx))
+
+
+class Malice:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.trial(12)
+@pytest.mark.parametrize("place", ["model", "optimizer", "extra", "all"])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, place):
+    malice = Malice(tmp_path / "owned")
+    if place == "all":
+        torch.save(malice, tmp_path / "ckpt.pt")
+    else:
+        nanogpt_file(tmp_path / "ckpt.pt", **{place: malice})
+    with pytest.raises(CheckpointError, match="nothing in it was executed"):
+        checkpoint.foreign_weights(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content, words", [
+    (dict(weights=1), "is not a checkpoint of nanoGPT"), (None, "cannot read"),
+    (b"junk", "does not load as plain weights")])
+def test_what_is_no_foreign_checkpoint_is_refused_in_words(tmp_path, content, words):
+    if isinstance(content, bytes):
+        (tmp_path / "ckpt.pt").write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.foreign_weights(tmp_path / "ckpt.pt")
+
+
+def test_a_run_starts_from_foreign_weights(tmp_path, tiny, refused):
+    model = nanogpt_file(tmp_path / "ckpt.pt")
+    flags = [f for f in tiny("--learning_rate=1e-12", "--weight_decay=0", "--max_iters=1")
+             if not f.startswith(("--n_", "--block_size"))]
+    train.main([*flags, f"--init_from={tmp_path / 'ckpt.pt'}", "--block_size=8"])
+    found = newest(tmp_path / "run")
+    assert found.state["config"]["activation"] == "gelu" and found.state["config"]["bias"]
+    tensors = found.model_tensors()
+    assert tensors["transformer.wpe.weight"].shape == (8, 16)
+    torch.testing.assert_close(tensors["transformer.wte.weight"], model.transformer.wte.weight)
+    line = refused(train.main, [*flags, f"--init_from={tmp_path / 'ckpt.pt'}", "--n_layer=3",
+                                f"--out_dir={tmp_path / 'other'}"])
+    assert "has n_layer = 2, not 3" in line and "from flag --n_layer=3" in line
+    line = refused(train.main, [*flags, "--init_from=nowhere", f"--out_dir={tmp_path / 'other'}"])
+    assert "cannot read nowhere" in line

@@ -27,6 +27,7 @@ def test_values_may_hold_equals_signs_and_whole_floats_are_integers():
     assert (config.out_dir, config.max_iters, config.learning_rate) == ("x=y", 100_000, 1.0)
 
 
+@pytest.mark.trial(13)
 @pytest.mark.parametrize("flag, words", [
     ("--learning_rat=1", "did you mean learning_rate?"),
     ("--gradient_accumulation_steps=8", "set total_batch_size"),
@@ -60,6 +61,7 @@ def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, refused):
     assert f"batch_size from {file}:2" in refused(train.main, [str(file)])
 
 
+@pytest.mark.trial(12)
 @pytest.mark.parametrize("line", [
     "import os", "max_iters = __import__('os').system('touch owned')", "max_iters = len('x')",
     "x = 9 ** 9 ** 9", "max_iters = [1]", "max_iters: int = 5", "max_iters = 'a' * 3",

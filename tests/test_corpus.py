@@ -210,8 +210,9 @@ def assert_same_files(a, b):
             assert path.read_bytes() == (b / path.name).read_bytes()
 
 
+@pytest.mark.trial(14)
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc):
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc, trials):
     """kill -9, up to ten times, then to the end; progress is saved often."""
     (tmp_path / "in.jsonl").write_text("".join(
         json.dumps({"text": f"document {i} " * 200}) + "\n" for i in range(3000)))
@@ -250,6 +251,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc
         time.sleep(0.1)
     assert not [child for child in children if _alive(child)]
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
+    trials(kills)
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

@@ -132,6 +132,7 @@ def test_missing_data_says_how_to_prepare_it(refused):
     assert "--dataset takes a prepared folder, or one of data/: openwebtext, pile, stdlib" in line
 
 
+@pytest.mark.trial(9)
 @pytest.mark.parametrize("spoil, words", [
     (lambda p, meta: (p / "val.bin").unlink(), "val.bin not found"),
     (lambda p, meta: (p / "train.bin").write_bytes(b"123"), "odd size of 3 bytes"),

@@ -56,6 +56,7 @@ def test_a_run_learns_and_records_every_step_once(tiny, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["vocab_size"] == 320
 
 
+@pytest.mark.trial(2)
 @pytest.mark.parametrize("optimizer, extra", [
     *((name, ("--eps=1e-2",) if name == "gnb_unclipped" else ()) for name in OPTIMIZERS),
     *((name, ("--dropout=0.2",)) for name in ("sophiag", "sophiah", "adamw")),
@@ -238,6 +239,7 @@ def test_a_run_is_never_started_over_another(tiny, refused):
         refused(train.main, tiny())
 
 
+@pytest.mark.trial(9)
 def test_resuming_on_other_data_is_refused(tiny, refused, data_dir, tmp_path):
     run_train(*tiny())
     other = tmp_path / "other"

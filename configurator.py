@@ -149,6 +149,11 @@ class Config(Settings):
     compile_optimizer: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile Sophia's update; auto = on CUDA only")
 
+    dry_run: bool = knob(False, "only say what the run would take, on 1 to 256 GPUs",
+                         section="dry run")
+    dry_run_gpu: Literal["A100", "H100", "H200"] = knob("H100", "GPU whose peak the days assume")
+    dry_run_mfu: float = knob(0.4, "fraction of that peak that training reaches", above=0, high=1)
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step over all ranks."""

@@ -27,6 +27,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import checkpoint as checkpoints
+import dry_run
 from checkpoint import Checkpoint, CheckpointError, RunLock, Saver, foreign_weights
 from configurator import (
     Config,
@@ -75,7 +76,7 @@ RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer")
 
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation_checkpointing",
-              "compile", "compile_optimizer"}
+              "compile", "compile_optimizer", "dry_run", "dry_run_gpu", "dry_run_mfu"}
 
 
 class TrainingError(RuntimeError):
@@ -177,7 +178,12 @@ def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
     try:
         config, sources = load(Config, argv, "train.py [config/FILE.py] [--key=value]")
-        train(with_own_defaults(config, sources), sources)
+        config = with_own_defaults(config, sources)
+        if config.dry_run:
+            _check(config, sources, found=None)
+            print(dry_run.report(config))
+        else:
+            train(config, sources)
     except (ConfigError, DataError, DeviceError, CheckpointError, TokenizerError) as error:
         exit_with(_on_this_rank(error))
     except TrainingError as error:

@@ -21,7 +21,8 @@ ALLOWED = {
     "optimizers": {"configurator", "sophia"},
     "checkpoint": {"distributed"},
     "metrics": set(),
-    "train": BELOW_TRAIN,
+    "dry_run": {"configurator", "dataloader", "metrics", "model", "optimizers"},
+    "train": BELOW_TRAIN | {"dry_run"},
     "bench": {"configurator", "distributed", "model", "optimizers", "sophia", "train"},
     "sample": {"configurator", "checkpoint", "model", "tokenizer", "distributed"},
 }

@@ -1,0 +1,184 @@
+"""What a run would take, before it takes it: parameters, FLOPs, memory per rank, days.
+
+    python train.py CONFIG --dry_run
+    python dry_run.py config/train_*.py        one line per config, as a Markdown table
+
+The model and the optimizer are built on torch's meta device, where tensors have shapes and no
+memory: counts of parameters and optimizer state are those of the real ones. Activations and days
+are computed; what the allocator, the kernels' workspaces and the process itself add is not in them.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from configurator import Config, ConfigError, changed, exit_with, load
+from dataloader import DataError, open_dataset
+from metrics import peak_flops
+from model import GPT, GPTConfig
+from optimizers import build, with_own_defaults
+
+GPUS = (1, 8, 64, 256)
+GIB = 2**30
+# Tokens of training data where it is not prepared here: nanoGPT's README; Biderman et al. 2023,
+# arXiv:2304.01373, section 2.1.
+PUBLISHED_TOKENS = {"openwebtext": 9_035_582_198, "pile": 300_000_000_000}
+
+
+class Plan(NamedTuple):
+    """Counts that do not depend on the number of GPUs."""
+
+    config: Config
+    parameters: int
+    block_parameters: int  # of one block
+    state_bytes: int  # of the optimizer, per copy of the model
+    flops_per_token: int
+    estimate_share: float  # of the training FLOPs, that estimates add
+    estimates: bool
+    data_tokens: int | None
+
+
+class Memory(NamedTuple):
+    """Bytes on each rank at the peak of a step."""
+
+    parameters: int
+    gradients: int
+    state: int
+    estimate: int
+    activations: int
+
+
+def plan(config: Config) -> Plan:
+    """The counts of a config; nothing is allocated and no data is needed."""
+    tokens, vocab_size = PUBLISHED_TOKENS.get(config.dataset), 50257
+    try:
+        data = open_dataset(config.dataset, config.block_size)
+        tokens, vocab_size = len(data.train), data.vocab_size
+    except DataError:
+        pass
+    config = changed(config, compile_optimizer="off", vocab_size=config.vocab_size or
+                     -(-vocab_size // 64) * 64)
+    shape = {key: getattr(config, key) for key in GPTConfig.__dataclass_fields__}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**shape))
+    optimizer, estimator = build(config, model, num_classes=vocab_size)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    if estimator is not None:
+        optimizer.update_hessian([p.grad for p in optimizer.parameters()])
+    optimizer.step()
+    state = sum(x.nbytes for values in optimizer.state.values() for x in values.values()
+                if isinstance(x, torch.Tensor))
+    # Forward, backward; twice differentiated also the backward of the backward.
+    passes = 0 if estimator is None else 7 / 3 if estimator.second_derivatives else 1
+    share = passes * config.hessian_batch_size / config.total_batch_size / config.hessian_interval
+    return Plan(config, model.num_params(non_embedding=False),
+                sum(p.numel() for p in model.transformer.h[0].parameters()), state,
+                model.flops_per_token(), share, estimator is not None, tokens)
+
+
+def rows_per_rank(config: Config, gpus: int) -> int:
+    """Sequences of a micro-batch on each of so many GPUs, at most the config's."""
+    per_rank = max(1, config.total_batch_size // gpus)
+    return next(rows for rows in range(min(config.batch_size, per_rank), 0, -1)
+                if per_rank % rows == 0)
+
+
+def memory(plan: Plan, gpus: int) -> Memory:
+    """Bytes per rank: float32 parameters, gradients and state, bfloat16 copies for the passes."""
+    config, N, B = plan.config, plan.parameters, plan.block_parameters
+    rows = rows_per_rank(config, gpus)
+    estimate = 4 * N if plan.estimates else 0
+    activations = activation_bytes(config) * rows
+    if config.parallel == "fsdp" and gpus > 1:
+        gathered = 2 * (N - config.n_layer * B + 2 * B)  # the root's, this block's and the next's
+        return Memory(4 * N // gpus + gathered, 4 * N // gpus + gathered,
+                      plan.state_bytes // gpus, estimate // gpus, activations)
+    return Memory(4 * N + 2 * N, 4 * N, plan.state_bytes, estimate, activations)
+
+
+def activation_bytes(config: Config) -> int:
+    """Bytes that the backward pass needs of one sequence under bfloat16 autocast.
+
+    Per token and block, in units of n_embd: two float32 inputs of layer norms (8), their outputs
+    (4), q, k, v (6) and the attention's output (2), both sides of the GELU (16), all in bfloat16
+    but the first; and 4 bytes per head. Checkpointing keeps a block's float32 input and one block.
+    The head: its input twice (6), logits in bfloat16 and float32, their softmax in float32.
+    """
+    c = config
+    block = c.block_size * (36 * c.n_embd + 4 * c.n_head + 16)
+    blocks = c.n_layer * 4 * c.block_size * c.n_embd + block if c.activation_checkpointing else \
+        c.n_layer * block
+    return blocks + c.block_size * (6 * c.n_embd + (2 + 4 + 4) * c.vocab_size)
+
+
+def days(plan: Plan, gpus: int) -> float:
+    """Of training at the config's `dry_run_mfu` of the peak of its `dry_run_gpu`."""
+    c = plan.config
+    flops = plan.flops_per_token * (1 + plan.estimate_share) * c.tokens_per_step * c.max_iters
+    return flops / (gpus * peak_flops(c.dry_run_gpu) * c.dry_run_mfu) / 86400
+
+
+def report(config: Config) -> str:
+    """The page that --dry_run prints."""
+    p = plan(config)
+    c = p.config
+    lines = [
+        f"model   {p.parameters:,} parameters, {p.flops_per_token / 1e9:,.2f} GFLOP per token "
+        "(6 N + 12 L d T, forward and backward)",
+        f"step    {c.tokens_per_step:,} tokens ({c.total_batch_size} x {c.block_size}); "
+        f"{c.max_iters:,} steps are {c.max_iters * c.tokens_per_step / 1e9:,.2f}B tokens",
+        f"data    {c.dataset}: " + (
+            f"{p.data_tokens:,} tokens, {p.data_tokens // c.tokens_per_step:,} steps per epoch"
+            if p.data_tokens else "not prepared, so the steps of an epoch are not known"),
+    ]
+    if p.estimates:
+        lines.append(f"estimates add {p.estimate_share:.1%} to the FLOPs")
+    lines += ["", f"GiB per rank under --parallel={c.parallel}, and days on {c.dry_run_gpu}s at "
+                  f"{c.dry_run_mfu:.0%} of their peak:", "",
+              f"{'GPUs':>5} {'rows':>5} {'param.':>7} {'grad.':>7} {'state':>7} {'estim.':>7} "
+              f"{'activ.':>7} {'total':>7} {'days':>9}"]
+    for gpus in GPUS:
+        m = memory(p, gpus)
+        cells = " ".join(f"{x / GIB:7.3g}" for x in (*m, sum(m)))
+        lines.append(f"{gpus:>5} {rows_per_rank(c, gpus):>5} {cells} {days(p, gpus):9.3g}")
+    uneven = [str(gpus) for gpus in GPUS if c.total_batch_size % gpus]
+    if uneven:
+        near = [g for g in range(1, GPUS[-1] + 1) if c.total_batch_size % g == 0][-6:]
+        lines += ["", f"total_batch_size = {c.total_batch_size} does not divide over "
+                      f"{' or '.join(uneven)} GPUs; it does over {', '.join(map(str, near))}"]
+    return "\n".join(lines)
+
+
+def table(configs: dict[str, Config]) -> str:
+    """One Markdown line per config."""
+    lines = ["| config | parameters | GFLOP / token | tokens / step | steps / epoch | "
+             f"GiB per rank at {', '.join(map(str, GPUS))} GPUs | days at 8 | at 64 |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name, config in configs.items():
+        p = plan(config)
+        c = p.config
+        epoch = f"{p.data_tokens // c.tokens_per_step:,}" if p.data_tokens else "?"
+        room = ", ".join(f"{sum(memory(p, g)) / GIB:.3g}" for g in GPUS)
+        lines.append(
+            f"| {name} | {p.parameters / 1e6:,.1f}M | {p.flops_per_token / 1e9:.2f} | "
+            f"{c.tokens_per_step:,} | {epoch} | {room} | {days(p, 8):,.3g} | {days(p, 64):,.3g} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """The command: config files, and flags for all of them."""
+    files, flags = ([a for a in argv if a.startswith("-") == dash] for dash in (False, True))
+    try:
+        if not files:
+            raise ConfigError("give config files: python dry_run.py config/train_*.py")
+        print(table({Path(f).stem: with_own_defaults(*load(Config, [f, *flags], "dry_run.py"))
+                     for f in files}))
+    except ConfigError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

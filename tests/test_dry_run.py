@@ -1,0 +1,96 @@
+"""What --dry_run says, against what really happens."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dry_run
+import train
+from configurator import Config, load
+from model import GPT, GPTConfig
+from optimizers import build, with_own_defaults
+
+CONFIGS = sorted(Path("config").glob("*.py"))
+
+
+def resolved(*argv):
+    return with_own_defaults(*load(Config, list(argv), ""))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_has_a_dry_run(path, capsys):
+    train.main([str(path), "--dry_run"])
+    out = capsys.readouterr().out
+    assert "parameters" in out and "GiB per rank" in out and " 256 " in out
+
+
+def test_the_counts_are_the_models_and_the_optimizers():
+    plan = dry_run.plan(resolved("config/train_gpt2_small_sophiag.py"))
+    assert plan.parameters == 124_373_760
+    assert plan.state_bytes == pytest.approx(8 * plan.parameters, rel=1e-5)
+    assert plan.estimate_share == pytest.approx(240 / 480 / 10)
+    assert dry_run.plan(resolved("--optimizer=lion")).state_bytes == 4 * plan.parameters
+    # 6 N + 12 L d T FLOPs per token; 480 x 1024 tokens; 1e5 steps; 8 x 989e12 x 0.4 per second
+    by_hand = (6 * (plan.parameters - 1024 * 768) + 12 * 12 * 768 * 1024) * 1.05 * 480 * 1024 * 1e5
+    assert dry_run.days(plan, 8) == pytest.approx(by_hand / (8 * 989e12 * 0.4) / 86400)
+
+
+@pytest.mark.parametrize("optimizer", ["sophiag", "adamw", "lion", "muon", "adahessian"])
+def test_state_on_the_meta_device_is_as_large_as_real_state(optimizer):
+    config = resolved(f"--optimizer={optimizer}", "--n_layer=2", "--n_head=2", "--n_embd=32",
+                      "--block_size=16", "--vocab_size=128")
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=128))
+    real, estimator = build(config, model, num_classes=128)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    if estimator:
+        real.update_hessian([p.grad for p in real.parameters()])
+    real.step()
+    size = sum(x.nbytes for values in real.state.values() for x in values.values()
+               if isinstance(x, torch.Tensor))
+    assert dry_run.plan(config).state_bytes == size
+
+
+class Allocated(TorchDispatchMode):
+    """Storages that operations make within it, and whether they are still there."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for x in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(x, torch.Tensor):
+                reference = StorageWeakRef(x.untyped_storage())
+                self.made[reference.cdata] = (reference, x.untyped_storage().nbytes())
+        return found
+
+    def alive(self) -> int:
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_the_forward_pass_leaves(checkpointing):
+    config = resolved("--n_layer=6", "--n_head=4", "--n_embd=128", "--block_size=256",
+                      "--vocab_size=512", f"--activation_checkpointing={checkpointing}")
+    model = GPT(GPTConfig(n_layer=6, n_head=4, n_embd=128, block_size=256, vocab_size=512))
+    model.activation_checkpointing = checkpointing
+
+    def left(rows: int) -> int:
+        idx = torch.zeros(rows, 256, dtype=torch.long)
+        with Allocated() as allocated, torch.autocast("cpu", torch.bfloat16):
+            loss = model(idx, idx)
+        size = allocated.alive()
+        assert loss.requires_grad
+        return size
+
+    measured = (left(5) - left(1)) / 4  # what grows with the rows: no weights
+    said = dry_run.activation_bytes(config)
+    if checkpointing:  # the block that is being recomputed comes in the backward pass
+        said -= 256 * (36 * 128 + 4 * 4 + 16)
+    # At the peak the logits themselves are there too, in bfloat16 and in float32.
+    assert said - 256 * 512 * 6 == pytest.approx(measured, rel=0.01)

@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import sample
 import train
 from checkpoint import newest
-from configurator import Config, load
+from configurator import Config, ConfigError, load
 from dataloader import open_dataset
 from distributed import Ranks
 from optimizers import OPTIMIZERS
@@ -23,10 +22,10 @@ def records(out_dir):
     return [{k: v for k, v in line.items() if k not in volatile} for line in lines]
 
 
-def tensors(out_dir):
-    folder = newest(out_dir).folder
-    return (load_file(folder / "model.safetensors")
-            | load_file(folder / "optimizer.safetensors"))
+def tensors(folder):
+    """Parameters and optimizer state of the newest checkpoint."""
+    found = newest(folder)
+    return found.model_tensors() | found.optimizer_tensors()
 
 
 def assert_same_run(a, b):
@@ -175,7 +174,12 @@ def test_evaluation_is_the_same_for_any_batch_size_and_disturbs_nothing(tiny, da
 
 @pytest.mark.parametrize("ranks, extra", [
     (2, ("--dropout=0.1",)), (2, ("--hessian_chunks=2", "--gamma_target=0.9")), (4, ()),
-    (2, ("--optimizer=sophiah", "--dropout=0.1")), (2, ("--optimizer=ef_clip",))])
+    (2, ("--optimizer=sophiah", "--dropout=0.1")), (2, ("--optimizer=ef_clip",)),
+    (2, ("--activation_checkpointing", "--dropout=0.1")),
+    *((2, ("--parallel=fsdp", *more)) for more in (
+        ("--dropout=0.1", "--eval_windows=5"), ("--gamma_target=0.9", "--gamma_rows=embedding"),
+        ("--optimizer=adamw", "--activation_checkpointing"), ("--optimizer=lion",),
+        ("--optimizer=normalize",), ("--optimizer=ef_clip",)))])
 def test_ranks_give_one_ranks_losses_and_curvature(tiny, tmp_path, ranks, extra):
     flags = ("--max_iters=12", "--dtype=float64", "--batch_size=1", *extra)
     run_train(*tiny(*flags, out_dir=tmp_path / "one"))
@@ -188,6 +192,33 @@ def test_ranks_give_one_ranks_losses_and_curvature(tiny, tmp_path, ranks, extra)
     one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
     for key in one:
         torch.testing.assert_close(one[key], many[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--optimizer=sophiah",), "cannot serve optimizer = sophiah: Hutchinson's estimate"),
+    (("--optimizer=muon",), "cannot serve optimizer = muon: it orthogonalises whole matrices")])
+def test_shards_refuse_what_needs_the_whole_with_the_reason(tiny, refused, flags, words):
+    assert words in refused(train.main, tiny("--parallel=fsdp", *flags))
+
+
+def test_shards_refuse_chunks_that_would_depend_on_the_ranks(tiny, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    config = load(Config, tiny("--parallel=fsdp", "--hessian_chunks=2", "--batch_size=1"), "")[0]
+    with pytest.raises(ConfigError, match="hessian_chunks = 2 with parallel = fsdp"):
+        train._check(config, {}, None)
+
+
+def test_recomputed_blocks_give_the_same_run(tiny, tmp_path):
+    for name, extra in (("a", ()), ("b", ("--activation_checkpointing",))):
+        run_train(*tiny("--dropout=0.2", "--max_iters=12", *extra, out_dir=tmp_path / name))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_ranks_talk_once_per_step_about_gradients_and_once_per_estimate(tiny):
+    result = torchrun(2, "-m", "tests.talk_worker", *tiny("--batch_size=1", "--max_iters=4",
+                                                          "--hessian_interval=2"))
+    assert result.returncode == 0, result.stderr
+    assert "all talk is accounted for" in result.stdout
 
 
 def test_ranks_refuse_together_with_one_line_each(tiny):

@@ -102,6 +102,7 @@ class Saver:
         self.seconds_blocked = self.seconds_written = 0.0  # of the last save
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
+        self._buffers: dict[str, Tensor] = {}  # in host memory, from one save to the next
         self._failures = 0
         if ranks.is_main:
             for left in out_dir.glob(f"step_*{_TEMPORARY}"):  # of a run that was killed
@@ -116,7 +117,7 @@ class Saver:
         self.settle()
         began = time.perf_counter()
         if self.sharded or self.ranks.is_main:
-            model, optimizer = host_copy(model), host_copy(optimizer)
+            model, optimizer = (host_copy(x, self._buffers) for x in (model, optimizer))
         self._pending = self._thread.submit(self._write, model, optimizer, state) \
             if self.sharded or self.ranks.is_main else Future()
         self.seconds_blocked = time.perf_counter() - began

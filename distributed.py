@@ -213,17 +213,24 @@ def second_group():
     return dist.new_group(backend="gloo")
 
 
-def host_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory, sharded tensors still sharded."""
-    def copy(x: Tensor) -> Tensor:
-        mine = local(x).detach().to("cpu", copy=True).contiguous()
-        if not isinstance(x, DTensor):
-            return mine
-        mesh = init_device_mesh("cpu", (x.device_mesh.size(),))
-        return DTensor.from_local(mine, mesh, x.placements, run_check=False, shape=x.shape,
-                                  stride=x.stride())
+def host_copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, sharded tensors still sharded; `buffers` is reused and filled up."""
+    for name, x in tensors.items():
+        x, kept = local(x).detach(), buffers.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (x.shape, x.dtype):
+            buffers[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        buffers[name].copy_(x, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
-    return {name: copy(x) for name, x in tensors.items()}
+    def as_it_was(name: str, x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            return buffers[name]
+        mesh = init_device_mesh("cpu", (x.device_mesh.size(),))
+        return DTensor.from_local(buffers[name], mesh, x.placements, run_check=False,
+                                  shape=x.shape, stride=x.stride())
+
+    return {name: as_it_was(name, x) for name, x in tensors.items()}
 
 
 def zeros_like_shards(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

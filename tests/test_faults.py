@@ -185,7 +185,8 @@ class Torchrun:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
              f"--max_restarts={restarts}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-             "--monitor_interval=0.1", "train.py", *argv], cwd=ROOT, stdout=self.file,
+             "--monitor_interval=0.1", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", "train.py",
+             *argv], cwd=ROOT, stdout=self.file,
             stderr=self.file, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **dict(env)})
 
@@ -281,17 +282,18 @@ def test_a_signal_saves_ends_and_the_run_goes_on_identically(flags, tmp_path, tr
 
 
 @pytest.mark.trial(5)
-@pytest.mark.parametrize("target", ["one rank", "the agent"])
-def test_a_signal_to_a_rank_or_to_torchrun_stops_all_at_one_step(flags, tmp_path, target):
+@pytest.mark.parametrize("target, number", [
+    ("one rank", signal.SIGTERM), ("the agent", signal.SIGTERM), ("the agent", signal.SIGUSR1)])
+def test_a_signal_to_a_rank_or_to_torchrun_stops_all_at_one_step(flags, tmp_path, target, number):
     parts, log = tmp_path / "parts", tmp_path / "log"
     argv = flags(parts, "--init_from=auto", "--batch_size=1", "--checkpoint_interval=10000",
                  "--max_iters=4000")
     process = Torchrun(argv, log)
     wait_for_steps(parts, process)
-    os.kill(process.ranks()[1] if target == "one rank" else process.process.pid, signal.SIGTERM)
+    os.kill(process.ranks()[1] if target == "one rank" else process.process.pid, number)
     process.join(30)
     assert process.exitcode not in (None, 0)
-    assert "stopped by SIGTERM after" in log.read_text(), log.read_text()
+    assert f"stopped by {number.name} after" in log.read_text(), log.read_text()
     assert newest(parts).state["step"] == len(losses_so_far(parts))
 
 

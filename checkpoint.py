@@ -289,13 +289,56 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {folder} is damaged: {error!r}") from error
 
 
-def foreign_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Parameters, and the model's settings, of a ckpt.pt that nanoGPT or the authors' code wrote.
+class Weights(NamedTuple):
+    """A model to use: parameters under this project's names, settings, tokenizer."""
 
-    The file is read without executing anything. nanoGPT's models have the exact GELU, the authors'
-    (github.com/Liuhong99/Sophia) the tanh one and the switch for inverse-layer scaling. Raises
-    CheckpointError on anything else.
+    tensors: dict[str, Tensor]
+    shape: dict  # model.GPTConfig's fields
+    tokenizer: str  # as tokenizer.get_tokenizer takes it
+    num_classes: int  # real ids; the rest of the vocabulary is padding
+    state: dict  # what state.json says; empty for weights from elsewhere
+
+
+def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
+    """The model of a run's newest checkpoint, or of its best; None where there is none.
+
+    Raises CheckpointError when it is damaged, or no checkpoint is the best.
     """
+    if which == "best":
+        try:
+            found = open_checkpoint(out_dir / (out_dir / "best").read_text().strip())
+        except OSError as error:
+            raise CheckpointError(f"{out_dir} names no best checkpoint ({error.strerror}); leave "
+                                  "--checkpoint=newest") from error
+    else:
+        found = newest(out_dir)
+    if found is None:
+        return None
+    shape = {key: found.state["config"][key] for key in SHAPE}
+    return Weights(found.model_tensors(), shape, found.state["tokenizer"],
+                   found.state["num_classes"], found.state)
+
+
+SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
+         "activation", "scale_attn_by_inverse_layer_idx")
+
+
+def foreign_weights(source: str) -> Weights:
+    """GPT-2 weights made elsewhere: a ckpt.pt of nanoGPT or of the authors' code
+    (github.com/Liuhong99/Sophia), a folder that transformers wrote, or a name on its hub.
+
+    Nothing in the files is executed. nanoGPT's models have the exact GELU, the authors' the tanh
+    one and the switch for inverse-layer scaling. Raises CheckpointError on anything else.
+    """
+    path = Path(source)
+    if path.suffix == ".pt":
+        return _nanogpt_weights(path)
+    if not path.is_dir():
+        path = _download(source)
+    return _transformers_weights(path)
+
+
+def _nanogpt_weights(path: Path) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {name.removeprefix("_orig_mod."): x for name, x in content["model"].items()}
@@ -311,13 +354,73 @@ def foreign_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise CheckpointError(f"{path} is refused: it does not load as plain weights "
                               f"({type(error).__name__}); nothing in it was executed") from error
     authors = "scale_attn_by_inverse_layer_idx" in given
-    shape["activation"] = "gelu_tanh" if authors else "gelu"
-    shape["scale_attn_by_inverse_layer_idx"] = bool(authors and
-                                                    given["scale_attn_by_inverse_layer_idx"])
+    shape |= dict(dropout=0.0, activation="gelu_tanh" if authors else "gelu",
+                  scale_attn_by_inverse_layer_idx=bool(authors and
+                                                       given["scale_attn_by_inverse_layer_idx"]))
     # The head is tied to wte; older files also hold the causal mask of each layer.
     kept = {name: x.float() for name, x in tensors.items() if name != "lm_head.weight"
             and not (name.endswith(".attn.bias") and x.dim() == 4)}
-    return kept, shape
+    return Weights(kept, shape, "gpt2", min(GPT2_CLASSES, shape["vocab_size"]), {})
+
+
+GPT2_CLASSES = 50257
+# Both tanh ones are one function; the first is computed as model.py does, to the last bit.
+ACTIVATIONS = dict(gelu_pytorch_tanh="gelu_tanh", gelu_new="gelu_tanh", gelu="gelu")
+# transformers' Conv1D keeps these as (in, out).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def _transformers_weights(folder: Path) -> Weights:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        files = sorted(folder.glob("*.safetensors"))
+        if config.get("model_type") != "gpt2" or not files:
+            raise CheckpointError(
+                f"{folder} holds no GPT-2 in transformers' format (config.json of model_type gpt2 "
+                "and *.safetensors), and no checkpoint of this project; check the path")
+        width = config["n_embd"]
+        for key, wanted in (("n_inner", (None, 4 * width)), ("layer_norm_epsilon", (1e-5,)),
+                            ("scale_attn_weights", (True,)), ("tie_word_embeddings", (True,)),
+                            ("activation_function", tuple(ACTIVATIONS))):
+            if (given := config.get(key, wanted[0])) not in wanted:
+                raise CheckpointError(f"{folder / 'config.json'}: {key} = {given!r} is not what "
+                                      f"model.py computes ({wanted[0]!r})")
+        shape = dict(
+            n_layer=config["n_layer"], n_head=config["n_head"], n_embd=width,
+            block_size=config["n_positions"], vocab_size=config["vocab_size"], dropout=0.0,
+            bias=config.get("nanosophia_bias", True),
+            activation=ACTIVATIONS[config.get("activation_function", "gelu_new")],
+            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False))
+        found = {}
+        for file in files:
+            found |= load_file(file)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder} cannot be read as transformers' GPT-2: {error!r}") \
+            from error
+    tensors = {}
+    for name, x in found.items():
+        name = "transformer." + name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")) or \
+                (name.endswith("bias") and not shape["bias"]):
+            continue  # causal masks; the head is tied to wte
+        tensors[name] = (x.t() if name.endswith(TRANSPOSED) else x).float().contiguous()
+    file = folder / "tokenizer.json"
+    plain = config["vocab_size"] == GPT2_CLASSES or not file.exists()
+    return Weights(tensors, shape, "gpt2" if plain else str(file), config["vocab_size"], {})
+
+
+def _download(name: str) -> Path:
+    """A local copy of a model on the hub: weights, settings and tokenizer."""
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors",
+                                                            "tokenizer.json"]))
+    except Exception as error:  # no such name, no network, no package: each its own type
+        raise CheckpointError(
+            f"{name} is neither a ckpt.pt, nor a folder, nor could it be fetched from the hub "
+            f"({type(error).__name__}); check the name, or give a local folder") from error
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -57,8 +57,8 @@ class Config(Settings):
     out_dir: str = knob("out", "folder for checkpoints and metrics.jsonl", section="run")
     init_from: str = knob(
         "scratch", "scratch: start anew; resume: continue the newest checkpoint of out_dir; auto: "
-                   "either, as it is; or the path of nanoGPT's or the authors' ckpt.pt, whose "
-                   "weights a new run starts from")
+                   "either, as it is; or weights that a new run starts from: a ckpt.pt of nanoGPT "
+                   "or the authors, a GPT-2 folder of transformers or a name on its hub")
     seed: int = knob(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
                      high=2**63 - 1)
     eval_interval: int = knob(1000, "between evaluations (the last step is always one)",

@@ -7,6 +7,7 @@ knows nothing of optimizers, ranks or files.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,14 +47,16 @@ class CausalSelfAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, hs)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
+        if cache is not None:
+            k, v = cache.extend(k, v)  # (B, n_head, all positions, hs)
+        y = F.scaled_dot_product_attention(  # the last token alone may look at all positions
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1,
             scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -83,9 +86,25 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
+
+
+class LayerCache:
+    """Keys and values of the positions that one layer has seen, each (B, n_head, length, hs)."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends the keys and values of new positions; those of all."""
+        if self.length == 0:
+            B, H, _, hs = k.shape
+            self.k, self.v = (x.new_empty(B, H, self.capacity, hs) for x in (k, v))
+        first, self.length = self.length, self.length + k.size(2)
+        self.k[:, :, first:self.length], self.v[:, :, first:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
 class GPT(nn.Module):
@@ -157,34 +176,83 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
-    @torch.inference_mode()
-    def generate(self, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
-                 top_k: int | None = None, num_classes: int | None = None,
-                 generator: torch.Generator | None = None) -> Tensor:
-        """Continues ids (B, T) by `max_new_tokens` sampled ones: (B, T + max_new_tokens).
+    def next_logits(self, idx: Tensor, caches: list[LayerCache]) -> Tensor:
+        """Logits (B, V) of the token after ids `idx` (B, T), which follow what the caches hold.
 
-        Only the first `num_classes` ids are drawn (the rest of the vocabulary is padding). Contexts
-        longer than block_size slide. Temperature 0 takes the likeliest token.
+        T is 1 unless the caches are empty. Extends the caches.
         """
-        was_training = self.training
+        past = caches[0].length
+        pos = torch.arange(past, past + idx.size(1), device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+        for block, cache in zip(self.transformer.h, caches, strict=True):
+            x = block(x, cache)
+        return self.head(self.transformer.ln_f(x[:, -1]))
+
+    @torch.inference_mode()
+    def stream(self, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float = 1.0, repetition_penalty: float = 1.0,
+               num_classes: int | None = None, stop_token: int | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """Continues ids (B, T) by sampled ones, given one by one as (B, 1).
+
+        Only the first `num_classes` ids are drawn (the rest of the vocabulary is padding); the
+        other settings are `draw_token`'s. Ends when every row has had `stop_token`; rows that had
+        it earlier repeat it. Contexts longer than block_size slide by one token, each then a full
+        pass; until then keys and values are cached.
+        """
+        was_training, size = self.training, self.config.block_size
         self.eval()
-        for _ in range(max_new_tokens):
-            context = idx[:, -self.config.block_size:]
-            logits = self.forward(context)[:, -1, :num_classes].float()  # (B, num_classes)
-            idx = torch.cat([idx, draw_token(logits, temperature, top_k, generator)], dim=1)
-        self.train(was_training)
-        return idx
+        caches, fresh = None, None
+        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        try:
+            for n in range(max_new_tokens):
+                if idx.size(1) > size or caches is None:
+                    caches = [LayerCache(min(size, idx.size(1) + max_new_tokens - n))
+                              for _ in self.transformer.h]
+                    fresh = idx[:, -size:]
+                logits = self.next_logits(fresh, caches)[:, :num_classes].float()
+                fresh = draw_token(logits, temperature, top_k, top_p=top_p, seen=idx,
+                                   repetition_penalty=repetition_penalty, generator=generator)
+                if stop_token is not None:
+                    fresh = fresh.masked_fill(ended, stop_token)
+                    ended |= fresh == stop_token
+                idx = torch.cat([idx, fresh], dim=1)
+                yield fresh
+                if stop_token is not None and ended.all():
+                    return
+        finally:
+            self.train(was_training)
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **settings) -> Tensor:
+        """Ids (B, T) and what `stream` continues them by: (B, T + max_new_tokens or fewer)."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, **settings)], dim=1)
 
 
-def draw_token(logits: Tensor, temperature: float, top_k: int | None,
-               generator: torch.Generator | None) -> Tensor:
-    """One id per row, (B, 1), from logits (B, V) at a temperature, among the top_k likeliest."""
+def draw_token(logits: Tensor, temperature: float, top_k: int | None = None, *, top_p: float = 1.0,
+               seen: Tensor | None = None, repetition_penalty: float = 1.0,
+               generator: torch.Generator | None = None) -> Tensor:
+    """One id per row, (B, 1), from logits (B, V) at a temperature; 0 takes the likeliest.
+
+    Among the `top_k` likeliest, and of these the likeliest that together reach probability `top_p`
+    (Holtzman et al., arXiv:1904.09751). Ids in `seen` (B, T) have positive logits divided and
+    negative ones multiplied by `repetition_penalty` (Keskar et al., arXiv:1909.05858).
+    """
+    if repetition_penalty != 1 and seen is not None:
+        old = logits.gather(1, seen)
+        old = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
+        logits = logits.scatter(1, seen, old)
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
+    ids = None
     if top_k is not None and top_k < logits.size(-1):
-        floor = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -math.inf)
+        logits, ids = logits.topk(top_k)  # (B, top_k), likeliest first
+    elif top_p < 1:
+        logits, ids = logits.sort(descending=True)
     # Taking the maximum off first keeps the smallest temperatures finite.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities = F.softmax(logits, dim=-1)
-    return torch.multinomial(probabilities, num_samples=1, generator=generator)
+    if top_p < 1:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    drawn = torch.multinomial(probabilities, num_samples=1, generator=generator)
+    return drawn if ids is None else ids.gather(1, drawn)

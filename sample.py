@@ -1,34 +1,54 @@
-"""Text from a trained checkpoint and a prompt.
+"""Text from a trained model and a prompt.
 
     python sample.py --out_dir=out/quickstart --start="def main(" --num_samples=3
+    python sample.py --init_from=gpt2 --interactive
+
+Reads this project's runs, nanoGPT's ckpt.pt, and transformers' GPT-2 folders and names.
 """
 
+import itertools
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from tqdm import tqdm
 
-from checkpoint import MANIFEST, CheckpointError, newest
+from checkpoint import MANIFEST, CheckpointError, Weights, foreign_weights, run_weights
 from configurator import ConfigError, Settings, exit_with, knob, load
 from distributed import DeviceError, start_ranks
 from model import GPT, GPTConfig
-from tokenizer import EOT, TokenizerError, get_tokenizer
+from tokenizer import EOT, TextStream, TokenizerError, get_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings(Settings):
     """The settings of this command; the names are nanoGPT's."""
 
-    out_dir: str = knob("out", "folder of the run whose newest checkpoint is read")
-    start: str = knob("\n", "prompt; FILE:path reads it from a file; <|endoftext|> is understood")
-    num_samples: int = knob(10, "how many texts", low=1)
-    max_new_tokens: int = knob(500, "length of each", unit="tokens", low=1)
-    temperature: float = knob(0.8, "1 = the model's own distribution, 0 = the likeliest token",
-                              low=0)
-    top_k: int = knob(200, "only the so many likeliest tokens; 0 = all", low=0)
-    seed: int = knob(1337, "seed of the sampling", low=0, high=2**63 - 1)
+    init_from: str = knob("resume", "resume: the run in out_dir; or a ckpt.pt, a GPT-2 folder of "
+                                    "transformers, a name on its hub", section="model")
+    out_dir: str = knob("out", "folder of the run")
+    checkpoint: Literal["newest", "best"] = knob("newest", "which of the run's checkpoints")
     device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["float32", "bfloat16"] = knob("float32", "precision of the model")
+
+    start: str = knob("\n", "prompt; FILE:path reads it from a file, - from standard input; "
+                            "<|endoftext|> is understood", section="text")
+    interactive: bool = knob(False, "ask for prompts, line by line, until an empty one")
+    num_samples: int = knob(10, "how many texts; one alone is shown as it comes", low=1)
+    max_new_tokens: int = knob(500, "length of each, unless end-of-text comes before",
+                               unit="tokens", low=1)
+
+    temperature: float = knob(0.8, "1 = the model's own distribution, 0 = the likeliest token",
+                              low=0, section="sampling")
+    top_k: int = knob(200, "only the so many likeliest tokens; 0 = all", low=0)
+    top_p: float = knob(1.0, "of these only the likeliest that together have this probability",
+                        above=0, high=1)
+    repetition_penalty: float = knob(1.0, "above 1 makes tokens that were there less likely",
+                                     above=0)
+    seed: int = knob(1337, "seed of the sampling", low=0, high=2**63 - 1)
 
 
 def main(argv: list[str]) -> None:
@@ -40,28 +60,73 @@ def main(argv: list[str]) -> None:
         exit_with(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        sys.stderr.close()
 
 
 def sample(settings: SampleSettings) -> None:
     """Prints the samples, a rule after each."""
     device = start_ranks(settings.device).device
-    found = newest(Path(settings.out_dir))
+    weights = read_weights(settings)
+    model = GPT(GPTConfig(**weights.shape))
+    try:
+        model.load_state_dict(weights.tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights are not those of such a model: "
+                              f"{' '.join(str(error).split())}") from error
+    model.to(device, getattr(torch, settings.dtype)).eval()
+    tokenizer = get_tokenizer(weights.tokenizer)
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    prompts = _typed_prompts() if settings.interactive else [_read_start(settings.start)]
+    for prompt in prompts:
+        ids = encode(tokenizer, prompt, weights.num_classes)
+        for text in _texts(model, tokenizer, ids, settings, weights, generator):
+            print(text, end="", flush=True)
+
+
+def read_weights(settings: SampleSettings) -> Weights:
+    """The model that the settings name."""
+    if settings.init_from != "resume":
+        return foreign_weights(settings.init_from)
+    found = run_weights(Path(settings.out_dir), settings.checkpoint)
     if found is None:
         raise CheckpointError(f"{settings.out_dir} holds no checkpoint; {_where_runs_are()}")
-    config = found.state["config"]
-    model = GPT(GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig)}))
-    model.load_state_dict(found.model_tensors())
-    model.to(device).eval()
-    tokenizer = get_tokenizer(found.state["tokenizer"])
-    prompt = tokenizer.encode(_read_start(settings.start), allowed_special={EOT})
-    ids = torch.tensor([prompt or [tokenizer.eot_token]], device=device)  # (1, T)
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    for _ in range(settings.num_samples):
-        text = model.generate(ids, settings.max_new_tokens, temperature=settings.temperature,
-                              top_k=settings.top_k or None, num_classes=tokenizer.n_vocab,
-                              generator=generator)
-        print(tokenizer.decode(text[0].tolist()))
-        print("---------------", flush=True)
+    return found
+
+
+def encode(tokenizer, prompt: str, num_classes: int) -> list[int]:
+    """Ids of a prompt, end-of-text for an empty one; raises ConfigError on ids without a class."""
+    prompt = prompt.encode("utf-8", "replace").decode()  # what is no character becomes ?
+    ids = tokenizer.encode(prompt, allowed_special={EOT}) or [tokenizer.eot_token]
+    if max(ids) >= num_classes:
+        raise ConfigError(f"the prompt has id {max(ids)}, the model knows {num_classes}; its "
+                          "tokenizer is another one", "start")
+    return ids
+
+
+def _texts(model: GPT, tokenizer, prompt: list[int], settings: SampleSettings, weights: Weights,
+           generator: torch.Generator) -> Iterator[str]:
+    """Pieces to print: one sample as its tokens come, or several one after the other."""
+    device = generator.device
+    ids = torch.tensor([prompt] * settings.num_samples, device=device)  # (B, T)
+    tokens = model.stream(
+        ids, settings.max_new_tokens, temperature=settings.temperature,
+        top_k=settings.top_k or None, top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        num_classes=min(weights.num_classes, tokenizer.n_vocab), stop_token=tokenizer.eot_token,
+        generator=generator)
+    shown = [] if settings.interactive else prompt
+    if settings.num_samples == 1:
+        stream = TextStream(tokenizer)
+        for token in itertools.chain(shown, (t.item() for t in tokens)):
+            yield stream.push(token)
+        yield stream.end() + "\n---------------\n"
+        return
+    bar = tqdm(tokens, total=settings.max_new_tokens, unit="token", leave=False,
+               disable=not sys.stderr.isatty())
+    for row in torch.cat(list(bar), dim=1).tolist():
+        end = row.index(tokenizer.eot_token) + 1 if tokenizer.eot_token in row else len(row)
+        yield tokenizer.decode([*shown, *row[:end]]) + "\n---------------\n"
 
 
 def _where_runs_are() -> str:
@@ -72,6 +137,8 @@ def _where_runs_are() -> str:
 
 
 def _read_start(start: str) -> str:
+    if start == "-":
+        return sys.stdin.read()
     if not start.startswith("FILE:"):
         return start
     path = Path(start[len("FILE:"):])
@@ -79,6 +146,17 @@ def _read_start(start: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--start={start}: cannot read {path}: {error}", "start") from None
+
+
+def _typed_prompts() -> Iterator[str]:
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        yield prompt.replace("\\n", "\n")
 
 
 if __name__ == "__main__":

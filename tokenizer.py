@@ -5,6 +5,7 @@ GPT-2's byte-pair encoding needs two published files, which tiktoken fetches onc
 with the same methods through the `tokenizers` library (GPT-NeoX: EleutherAI/gpt-neox-20b).
 """
 
+import codecs
 import hashlib
 import os
 import re
@@ -123,6 +124,28 @@ class FileEncoding:
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class TextStream:
+    """Ids one by one to text as soon as it is valid: characters of several tokens come whole."""
+
+    def __init__(self, encoding):
+        self._encoding = encoding
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pieces = None
+        if isinstance(encoding, FileEncoding):
+            from tokenizers.decoders import DecodeStream
+            self._pieces = DecodeStream(skip_special_tokens=False)
+
+    def push(self, token: int) -> str:
+        """What this id completes, possibly nothing."""
+        if self._pieces is not None:
+            return self._pieces.step(self._encoding._tokenizer, token) or ""
+        return self._utf8.decode(self._encoding.decode_bytes([token]))
+
+    def end(self) -> str:
+        """A replacement character where the last one stayed incomplete, else nothing."""
+        return "" if self._pieces is not None else self._utf8.decode(b"", final=True)
 
 
 def _bytes_encoding():

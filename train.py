@@ -230,8 +230,9 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
                         "the same --dataset, or another --out_dir to start anew")
     weights = None
     if config.init_from not in ("scratch", "resume", "auto"):
-        weights, shape = foreign_weights(Path(config.init_from))
-        config = _fit_weights(config, sources, shape)
+        found_weights = foreign_weights(config.init_from)
+        weights = found_weights.tensors
+        config = _fit_weights(config, sources, found_weights.shape)
     config = _fit_vocabulary(config, sources, data)
     run = build_run(config, ranks, data, weights)
     first_step = _restore(run, found) if found else 0
@@ -264,6 +265,9 @@ def build_run(config: Config, ranks: Ranks, data: Dataset,
               weights: dict[str, Tensor] | None = None) -> Run:
     """Model, optimizer and batches of a resolved config, freshly initialised or from `weights`."""
     torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    # MKL otherwise takes fewer threads when the machine is busy, and rounds otherwise with them:
+    # setting the number, even to what it is, makes torch switch that off.
+    torch.set_num_threads(torch.get_num_threads())
     torch.manual_seed(config.seed)
     shape = GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS})
     model = GPT(shape)
@@ -524,15 +528,18 @@ def _settle(config: Config, sources: dict[str, str], found: Checkpoint | None,
         raise with_sources(error, sources) from None
 
 
+FREE_KEYS = {"activation", "dropout"}  # of a model's settings: not written in its weights
+
+
 def _fit_weights(config: Config, sources: dict[str, str], shape: dict) -> Config:
     """The config with the model of foreign weights; activation and context may differ."""
     for key, value in shape.items():
         given = getattr(config, key)
         shorter = key == "block_size" and given < value
-        if key in sources and given != value and key != "activation" and not shorter:
+        if key in sources and given != value and key not in FREE_KEYS and not shorter:
             raise with_sources(ConfigError(f"{config.init_from} has {key} = {value}, not {given}; "
                                            "leave it out", key), sources)
-    free = {"activation", "block_size"} & sources.keys()
+    free = (FREE_KEYS | {"block_size"}) & sources.keys()
     return changed(config, **{k: v for k, v in shape.items() if k not in free})
 
 

@@ -14,6 +14,7 @@ from corpus import Documents, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+GPT2_CACHE = SHARED / "tiktoken_cache"
 
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
         "--total_batch_size=8", "--hessian_batch_size=4", "--warmup_iters=2", "--max_iters=6",
@@ -101,6 +102,15 @@ def golden_run():
                     torch.testing.assert_close(optimizer.state[p][state], final, atol=0, rtol=1e-12)
 
     return replay
+
+
+@pytest.fixture
+def gpt2_cache(monkeypatch):
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        if not GPT2_CACHE.is_dir():
+            pytest.skip(f"GPT-2's tokenizer files are not at hand: {GPT2_CACHE} is not there and "
+                        "TIKTOKEN_CACHE_DIR is not set")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
 
 
 @pytest.fixture

@@ -166,9 +166,9 @@ def test_foreign_checkpoints_give_the_weights_of_the_same_model(tmp_path, author
     model = nanogpt_file(tmp_path / "ckpt.pt", authors=authors, prefix=prefix)
     if authors:  # with biases the mask has the name of c_attn's parent's bias, not of a parameter
         assert "transformer.h.0.attn.bias" not in model.state_dict()
-    weights, shape = checkpoint.foreign_weights(tmp_path / "ckpt.pt")
-    again = GPT(GPTConfig(**shape))
-    again.load_state_dict(weights)
+    weights = checkpoint.foreign_weights(str(tmp_path / "ckpt.pt"))
+    again = GPT(GPTConfig(**weights.shape))
+    again.load_state_dict(weights.tensors)
     idx = torch.arange(10).unsqueeze(0)
     assert torch.equal(model(idx), again(idx))
 
@@ -192,7 +192,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, place):
     else:
         nanogpt_file(tmp_path / "ckpt.pt", **{place: malice})
     with pytest.raises(CheckpointError, match="nothing in it was executed"):
-        checkpoint.foreign_weights(tmp_path / "ckpt.pt")
+        checkpoint.foreign_weights(str(tmp_path / "ckpt.pt"))
     assert not (tmp_path / "owned").exists()
 
 
@@ -205,7 +205,7 @@ def test_what_is_no_foreign_checkpoint_is_refused_in_words(tmp_path, content, wo
     elif content is not None:
         torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match=words):
-        checkpoint.foreign_weights(tmp_path / "ckpt.pt")
+        checkpoint.foreign_weights(str(tmp_path / "ckpt.pt"))
 
 
 def test_a_run_starts_from_foreign_weights(tmp_path, tiny, refused):
@@ -221,5 +221,10 @@ def test_a_run_starts_from_foreign_weights(tmp_path, tiny, refused):
     line = refused(train.main, [*flags, f"--init_from={tmp_path / 'ckpt.pt'}", "--n_layer=3",
                                 f"--out_dir={tmp_path / 'other'}"])
     assert "has n_layer = 2, not 3" in line and "from flag --n_layer=3" in line
-    line = refused(train.main, [*flags, "--init_from=nowhere", f"--out_dir={tmp_path / 'other'}"])
-    assert "cannot read nowhere" in line
+    line = refused(train.main, [*flags, "--init_from=nowhere.pt",
+                                f"--out_dir={tmp_path / 'other'}"])
+    assert "cannot read nowhere.pt" in line
+
+
+def test_the_settings_of_a_model_are_all_restored():
+    assert tuple(GPTConfig.__dataclass_fields__) == checkpoint.SHAPE

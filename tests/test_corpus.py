@@ -23,10 +23,8 @@ from corpus import (
     write_corpus,
 )
 from dataloader import open_dataset
-from tests.conftest import ROOT, SHARED, listed
+from tests.conftest import ROOT, listed
 from tokenizer import EOT, TokenizerError, fingerprint, get_tokenizer
-
-GPT2_CACHE = SHARED / "tiktoken_cache"
 
 
 def script(name):
@@ -36,15 +34,6 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def gpt2_cache(monkeypatch):
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        if not GPT2_CACHE.is_dir():
-            pytest.skip(f"GPT-2's tokenizer files are not at hand: {GPT2_CACHE} is not there and "
-                        "TIKTOKEN_CACHE_DIR is not set")
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
 
 
 def test_bytes_tokenizer_is_one_id_a_byte():

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LayerCache, draw_token
 
 SMALL = dict(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=70)
 
@@ -114,3 +114,84 @@ def test_generation_is_greedy_at_temperature_zero_and_repeats_with_its_seed():
     assert torch.equal(*draws)
     top5 = model(idx)[0, -1].topk(5).indices
     assert draws[0][0, 4] in top5
+
+
+def trained_like(seed=0, **settings):
+    """A model whose logits are far from uniform."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**dict(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=64)
+                          | settings)).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("settings", [
+    {}, dict(bias=True, activation="gelu"), dict(scale_attn_by_inverse_layer_idx=True)])
+def test_the_cache_gives_the_logits_of_the_full_pass(settings):
+    model = trained_like(**settings).double()
+    idx = torch.randint(64, (3, 24))
+    with torch.inference_mode():
+        full = model(idx)
+        for prompt in (1, 7, 24):
+            caches = [LayerCache(24) for _ in range(3)]
+            found = [model.next_logits(idx[:, :prompt], caches)]
+            found += [model.next_logits(idx[:, t:t + 1], caches) for t in range(prompt, 24)]
+            torch.testing.assert_close(torch.stack(found, 1), full[:, prompt - 1:], rtol=1e-10,
+                                       atol=1e-10)
+
+
+@pytest.mark.parametrize("prompt", [1, 20, 30])
+def test_text_longer_than_the_context_slides_as_if_recomputed(prompt):
+    model = trained_like().double()
+    idx = torch.randint(64, (2, prompt))
+    found = model.generate(idx, 30, temperature=0)
+    expected = idx
+    with torch.inference_mode():
+        for _ in range(30):
+            logits = model(expected[:, -24:])[:, -1]
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(found, expected)
+
+
+def test_rows_end_at_the_stop_token_and_the_stream_with_the_last():
+    model = trained_like(1)
+    idx = torch.arange(8).unsqueeze(1)
+    free = model.generate(idx, 20, generator=torch.Generator().manual_seed(5))
+    stop = int(free[0, 6])
+    found = model.generate(idx, 20, generator=torch.Generator().manual_seed(5), stop_token=stop)
+    for row in found[:, 1:].tolist():
+        if stop in row:
+            assert set(row[row.index(stop):]) == {stop}
+    assert stop in found[0, 1:7].tolist()
+    one = model.generate(idx[:1], 20, temperature=0, stop_token=int(
+        model.generate(idx[:1], 1, temperature=0)[0, -1]))
+    assert one.size(1) == 2
+
+
+def test_top_p_keeps_the_smallest_set_of_that_probability():
+    logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log().repeat(4000, 1)
+    draws = {p: set(draw_token(logits, 1.0, top_p=p).flatten().tolist())
+             for p in (0.3, 0.5, 0.65, 0.75, 0.95, 1.0)}
+    assert draws[0.3] == draws[0.5] == {0}
+    assert len(draws[0.65]) == 2 and draws[0.75] == {0, 1, 2}
+    assert draws[0.95] == draws[1.0] == {0, 1, 2, 3}
+    counts = draw_token(logits, 1.0, top_p=0.75).flatten().bincount(minlength=4) / 4000
+    assert counts.tolist() == pytest.approx([5 / 9, 2 / 9, 2 / 9, 0], abs=0.04)
+    assert set(draw_token(logits, 1.0, 3, top_p=0.6).flatten().tolist()) <= {0, 1, 2}
+
+
+def test_the_repetition_penalty_is_on_what_was_seen_alone():
+    logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
+    seen = torch.tensor([[0, 0, 2]])
+    assert draw_token(logits, 0, seen=seen, repetition_penalty=1.2).item() == 0  # 1.67
+    assert draw_token(logits, 0, seen=seen, repetition_penalty=1.5).item() == 1  # 1.33, once
+    low = torch.tensor([[-9.0, -9.0, -1.0, -1.2]])
+    assert draw_token(low, 0, seen=seen, repetition_penalty=1.5).item() == 3  # -1.5
+
+
+def test_padding_ids_are_never_drawn():
+    model = trained_like(2)
+    found = model.generate(torch.zeros(16, 1, dtype=torch.long), 23, num_classes=40, temperature=9)
+    assert found.max() < 40

@@ -1,0 +1,239 @@
+"""A run to a folder that transformers loads, and GPT-2 from there to a run.
+
+    python huggingface.py --out_dir=out/quickstart --export=out/quickstart-hf
+    python huggingface.py --import_from=gpt2 --out_dir=out/gpt2
+
+The folder holds model.safetensors, config.json, the tokenizer and a model card; it loads with
+AutoModelForCausalLM and AutoTokenizer. GPT-2 there always has biases: those that a model lacks are
+written as zeros. Padding rows of the embedding are left out.
+"""
+
+import itertools
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint import (
+    ACTIVATIONS,
+    TRANSPOSED,
+    CheckpointError,
+    Weights,
+    checkpoints,
+    foreign_weights,
+    run_weights,
+    save,
+)
+from configurator import Config, ConfigError, Settings, as_dict, exit_with, knob, load
+from model import GPT, GPTConfig
+from tokenizer import EOT, TokenizerError, get_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceSettings(Settings):
+    """The settings of this command."""
+
+    out_dir: str = knob("out", "folder of the run that is exported, or made by an import")
+    export: str = knob("", "folder to write")
+    checkpoint: Literal["newest", "best"] = knob("newest", "which of the run's checkpoints")
+    licence: str = knob("other", "licence that the model card states")
+    import_from: str = knob("", "GPT-2 folder of transformers, name on its hub, or nanoGPT's "
+                                "ckpt.pt")
+
+    def check(self) -> None:
+        if bool(self.export) == bool(self.import_from):
+            raise ConfigError("give one of --export=FOLDER and --import_from=NAME_OR_FOLDER",
+                              "export", "import_from")
+
+
+def main(argv: list[str]) -> None:
+    """The command; exits with 2 and one line after a user's mistake."""
+    try:
+        settings, _ = load(HuggingFaceSettings, argv, "huggingface.py --key=value")
+        if settings.export:
+            folder = export(settings)
+            print(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({folder!s})")
+        else:
+            import_weights(settings)
+            print(f"wrote {settings.out_dir}; next:\n  python sample.py --out_dir="
+                  f"{settings.out_dir}\n  python train.py --init_from={settings.import_from}  "
+                  "(to train on from it)")
+    except (ConfigError, CheckpointError, TokenizerError) as error:
+        exit_with(error)
+    except OSError as error:
+        exit_with(ConfigError(f"{error.filename}: {error.strerror}"))
+
+
+def export(settings: HuggingFaceSettings) -> Path:
+    """Writes the folder; returns its path."""
+    weights = run_weights(Path(settings.out_dir), settings.checkpoint)
+    if weights is None:
+        raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
+    folder = Path(settings.export)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(to_transformers(weights), folder / "model.safetensors", metadata=dict(format="pt"))
+    tokenizer = get_tokenizer(weights.tokenizer)
+    (folder / "config.json").write_text(json.dumps(
+        transformers_config(weights, tokenizer.eot_token), indent=1) + "\n")
+    _write_tokenizer(folder, weights.tokenizer, tokenizer, weights.shape["block_size"])
+    (folder / "README.md").write_text(model_card(weights, settings))
+    return folder
+
+
+def to_transformers(weights: Weights) -> dict[str, Tensor]:
+    """Parameters under transformers' names and shapes, padding cut off, absent biases as zeros."""
+    found = {}
+    for name, x in weights.tensors.items():
+        if name == "transformer.wte.weight":
+            x = x[:weights.num_classes]
+        found[name] = (x.t() if name.endswith(TRANSPOSED) else x).contiguous()
+    width = weights.shape["n_embd"]
+    sizes = dict(c_attn=3 * width, c_fc=4 * width)
+    for name in list(found):
+        bias = name.removesuffix("weight") + "bias"
+        if name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
+            found.setdefault(bias, torch.zeros(sizes.get(name.split(".")[-2], width)))
+    return found
+
+
+def transformers_config(weights: Weights, eot: int) -> dict:
+    """config.json of the model."""
+    shape = weights.shape
+    return dict(
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
+        n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"],
+        n_positions=shape["block_size"], n_ctx=shape["block_size"], n_inner=None,
+        vocab_size=weights.num_classes, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+        activation_function=next(theirs for theirs, ours in ACTIVATIONS.items()
+                                 if ours == shape["activation"]),
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=shape["scale_attn_by_inverse_layer_idx"],
+        reorder_and_upcast_attn=False, attn_pdrop=shape["dropout"], embd_pdrop=shape["dropout"],
+        resid_pdrop=shape["dropout"], bos_token_id=eot, eos_token_id=eot,
+        nanosophia_bias=shape["bias"])
+
+
+def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None:
+    """tokenizer.json and tokenizer_config.json."""
+    if name.endswith(".json"):
+        shutil.copy(name, folder / "tokenizer.json")
+    else:
+        _as_tokenizers(encoding, byte_pairs=name == "gpt2").save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size, eos_token=EOT,
+        bos_token=EOT, clean_up_tokenization_spaces=False), indent=1) + "\n")
+
+
+def _as_tokenizers(encoding, *, byte_pairs: bool):
+    """A tiktoken encoding of GPT-2's kind as a Tokenizer of the `tokenizers` library."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    letters = _byte_letters()
+    spelled = {"".join(letters[b] for b in token): rank
+               for token, rank in encoding._mergeable_ranks.items()}
+    merges = [_halves(encoding._mergeable_ranks, token, letters)
+              for token in sorted(encoding._mergeable_ranks, key=encoding._mergeable_ranks.get)
+              if len(token) > 1]
+    tokenizer = Tokenizer(models.BPE(vocab=spelled, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                       use_regex=byte_pairs)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(EOT, special=True)])  # gets the next id
+    assert tokenizer.token_to_id(EOT) == encoding.eot_token
+    return tokenizer
+
+
+def _byte_letters() -> dict[int, str]:
+    """The printable character that stands for each byte in GPT-2's vocabulary files."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+def _halves(ranks: dict[bytes, int], token: bytes, letters: dict[int, str]) -> tuple[str, str]:
+    """The two tokens whose merge makes this one: what is left when all merges but it are done."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [(ranks.get(a + b, len(ranks)), i)
+                 for i, (a, b) in enumerate(itertools.pairwise(parts))
+                 if a + b != token]
+        _, i = min(pairs)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    first, second = ("".join(letters[b] for b in part) for part in parts)
+    return first, second
+
+
+def model_card(weights: Weights, settings: HuggingFaceSettings) -> str:
+    """README.md, filled from the run."""
+    config, records = weights.state["config"], _records(Path(settings.out_dir))
+    steps = weights.state["step"]
+    seen = {key: next((r[key] for r in reversed(records) if key in r and r["step"] < steps), None)
+            for key in ("train/loss", "val/loss")}
+    losses = ", ".join(f"{name.partition('/')[0]} {value:.4f}" for name, value in seen.items()
+                       if value is not None) or "not recorded"
+    parameters = sum(x.numel() for x in weights.tensors.values())
+    tokens = steps * config["total_batch_size"] * config["block_size"]
+    versions = ", ".join(f"{k} {v}" for k, v in weights.state.get("versions", {}).items())
+    return f"""---
+license: {settings.licence}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, nanosophia, {config["optimizer"]}]
+---
+# {Path(settings.out_dir).name}
+
+A GPT-2 model pre-trained with nanoSophia.
+
+| | |
+|---|---|
+| parameters | {parameters:,} ({config["n_layer"]} layers, width {config["n_embd"]}, context \
+{config["block_size"]}) |
+| data | {config["dataset"]} ({weights.state.get("data", {}).get("train", "not known")}) |
+| tokens seen | {tokens:,} in {steps:,} steps |
+| optimizer | {config["optimizer"]}, peak learning rate {config["learning_rate"]}, weight decay \
+{config["weight_decay"]} |
+| losses, nats per token | {losses} |
+| made with | {versions or "not known"} |
+| licence | {settings.licence} |
+
+It continues text and has had no training to follow instructions or to avoid harm.
+"""
+
+
+def _records(run: Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def import_weights(settings: HuggingFaceSettings) -> None:
+    """Writes the weights as a run's checkpoint of step 0."""
+    out_dir = Path(settings.out_dir)
+    if checkpoints(out_dir):
+        raise ConfigError(f"{out_dir} already holds checkpoints; give another --out_dir", "out_dir")
+    weights = foreign_weights(settings.import_from)
+    model = GPT(GPTConfig(**weights.shape))
+    try:
+        model.load_state_dict(weights.tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{settings.import_from} does not hold such a model: "
+                              f"{' '.join(str(error).split())}") from error
+    name = weights.tokenizer
+    if name.endswith(".json"):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        name = str(shutil.copy(name, out_dir / "tokenizer.json"))
+    config = as_dict(Config(**weights.shape)) | dict(dataset=f"imported from "
+                                                     f"{settings.import_from}")
+    save(out_dir, model.state_dict(), {}, dict(
+        format=1, step=0, val_loss=None, tally=dict(steps=0, clipped=0), config=config, data={},
+        tokenizer=name, num_classes=weights.num_classes, world_size=1), keep=2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,145 @@
+"""To transformers and back: the same logits, the same tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import huggingface
+import sample
+import train
+from checkpoint import foreign_weights, newest, run_weights
+from model import GPT, GPTConfig
+from tests.conftest import run_train
+from tokenizer import EOT, get_tokenizer
+
+transformers = pytest.importorskip("transformers")
+TEXT = "Hello  world!\n\tdef f(x):  return 3.14 # naïve ünïcode 日本語 🎉 don't 'll \x00 end"
+
+
+def exported(tmp_path, tiny, *flags):
+    run_train(*tiny("--max_iters=4", *flags))
+    huggingface.main([f"--out_dir={tmp_path / 'run'}", f"--export={tmp_path / 'hf'}"])
+    return run_weights(tmp_path / "run"), tmp_path / "hf"
+
+
+def ours(weights):
+    model = GPT(GPTConfig(**weights.shape)).eval()
+    model.load_state_dict(weights.tensors)
+    return model
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--bias", "--activation=gelu"), ("--scale_attn_by_inverse_layer_idx",)])
+def test_transformers_computes_the_same_logits(tiny, tmp_path, flags, capsys):
+    weights, folder = exported(tmp_path, tiny, *flags)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    idx = torch.randint(257, (3, 16), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = ours(weights)(idx)[..., :257]
+        found = theirs(idx).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert theirs.config.vocab_size == 257
+
+
+def test_the_exported_tokenizer_and_text_are_the_runs(tiny, tmp_path):
+    weights, folder = exported(tmp_path, tiny)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    encoding = get_tokenizer("bytes")
+    text = TEXT + "".join(map(chr, range(32, 400)))
+    assert theirs(text)["input_ids"] == encoding.encode(text)
+    assert theirs.decode(encoding.encode(text)) == text
+    assert theirs.eos_token_id == encoding.eot_token
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = encoding.encode("def")
+    expected = ours(weights).generate(torch.tensor([prompt]), 10, temperature=0, num_classes=257)
+    found = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False,
+                           pad_token_id=256, eos_token_id=None)
+    assert found.tolist() == expected.tolist()
+
+
+def test_gpt2s_tokenizer_is_exported_merge_for_merge(tmp_path, gpt2_cache):
+    encoding = get_tokenizer("gpt2")
+    huggingface._write_tokenizer(tmp_path, "gpt2", encoding, 1024)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = [TEXT, (checkpoint.__doc__ or "") * 3, " ".join(str(n * n) for n in range(500)),
+             Path(train.__file__).read_text()]
+    for text in texts:
+        assert theirs(text)["input_ids"] == encoding.encode_ordinary(text)
+    assert theirs.convert_tokens_to_ids(EOT) == 50256 and len(theirs) == 50257
+
+
+def test_the_model_card_says_what_the_run_was(tiny, tmp_path):
+    _, folder = exported(tmp_path, tiny)
+    card = (folder / "README.md").read_text()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"train {last['train/loss']:.4f}, val {last['val/loss']:.4f}" in card
+    assert "512 in 4 steps" in card and "sophiag, peak learning rate 0.01" in card
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path):
+    """A small GPT-2 that transformers itself wrote."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32,
+                                     vocab_size=300)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    huggingface._write_tokenizer(tmp_path / "theirs", "bytes", get_tokenizer("bytes"), 32)
+    return tmp_path / "theirs", model
+
+
+def test_a_transformers_model_is_imported_with_its_logits(gpt2_folder, tmp_path, capsys, refused):
+    folder, theirs = gpt2_folder
+    out = tmp_path / "imported"
+    huggingface.main([f"--import_from={folder}", f"--out_dir={out}"])
+    weights = run_weights(out)
+    idx = torch.randint(256, (2, 20))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(weights)(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
+    sample.main([f"--out_dir={out}", "--num_samples=1", "--max_new_tokens=5", "--start=a"])
+    line = refused(huggingface.main, [f"--import_from={folder}", f"--out_dir={out}"])
+    assert "already holds checkpoints" in line
+
+
+def test_what_is_exported_and_imported_again_is_what_it_was(tiny, tmp_path):
+    weights, folder = exported(tmp_path, tiny)
+    again = foreign_weights(str(folder))
+    assert again.shape == weights.shape | {"vocab_size": 257}
+    for name, x in weights.tensors.items():
+        torch.testing.assert_close(again.tensors[name], x[:257] if "wte" in name else x)
+
+
+def test_fine_tuning_starts_from_a_transformers_folder(gpt2_folder, tmp_path, tiny):
+    folder, _ = gpt2_folder
+    flags = [f for f in tiny("--max_iters=30", "--learning_rate=3e-3")
+             if not f.startswith(("--n_", "--block_size"))]
+    run_train(*flags, f"--init_from={folder}", "--block_size=16")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.2
+    assert newest(tmp_path / "run").state["config"]["bias"]
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (dict(model_type="llama"), "holds no GPT-2"), (dict(n_inner=7), "n_inner = 7 is not what"),
+    (dict(activation_function="relu"), "activation_function = 'relu'"),
+    (dict(layer_norm_epsilon=1e-3), "layer_norm_epsilon = 0.001"),
+    (dict(n_embd=None), "cannot be read"), (dict(n_layer=3), "does not hold such a model")])
+def test_a_foreign_folder_is_refused_in_words(gpt2_folder, tmp_path, refused, spoil, words):
+    folder, _ = gpt2_folder
+    config = json.loads((folder / "config.json").read_text()) | spoil
+    (folder / "config.json").write_text(json.dumps(config))
+    line = refused(huggingface.main, [f"--import_from={folder}", f"--out_dir={tmp_path / 'x'}"])
+    assert words in line
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--export=x"], "holds no checkpoint"), ([], "give one of --export"),
+    (["--import_from=no-such-model-anywhere"], "could it be fetched")])
+def test_mistakes_are_refused_in_words(tmp_path, refused, monkeypatch, argv, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert words in refused(huggingface.main, [*argv, f"--out_dir={tmp_path / 'none'}"])

@@ -1,0 +1,94 @@
+"""The sampling command, as a person uses it."""
+
+import io
+
+import pytest
+
+import sample
+from tests.conftest import run_train
+from tests.test_checkpoint import nanogpt_file
+from tokenizer import TextStream, get_tokenizer
+
+RULE = "---------------"
+
+
+@pytest.fixture
+def run(tiny, tmp_path, capsys):
+    """Flags that sample from a small run."""
+    run_train(*tiny())
+    capsys.readouterr()
+    return [f"--out_dir={tmp_path / 'run'}", "--max_new_tokens=12", "--device=cpu"]
+
+
+def test_one_sample_is_streamed_and_several_are_a_batch(run, capsys):
+    sample.main([*run, "--num_samples=1", "--start=def f"])
+    one = capsys.readouterr().out
+    assert one.startswith("def f") and one.endswith(f"\n{RULE}\n") and one.count(RULE) == 1
+    sample.main([*run, "--num_samples=3", "--start=def f"])
+    assert capsys.readouterr().out.count(RULE) == 3
+
+
+def test_the_seed_decides(run, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        sample.main([*run, "--num_samples=1", f"--seed={seed}"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompts_come_from_files_and_standard_input(run, capsys, monkeypatch, tmp_path):
+    (tmp_path / "prompt").write_text("naïve")
+    sample.main([*run, "--num_samples=1", f"--start=FILE:{tmp_path / 'prompt'}"])
+    assert capsys.readouterr().out.startswith("naïve")
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    sample.main([*run, "--num_samples=1", "--start=-"])
+    assert capsys.readouterr().out.startswith("from a pipe")
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nnever\n"))
+    sample.main([*run, "--num_samples=1", "--interactive"])
+    assert capsys.readouterr().out.count(RULE) == 2
+
+
+def test_a_long_or_an_empty_prompt_works(run, capsys):
+    sample.main([*run, "--num_samples=2", "--start=" + "x" * 100])
+    assert capsys.readouterr().out.count(RULE) == 2
+    sample.main([*run, "--num_samples=1", "--start=<|endoftext|>"])
+    assert "<|endoftext|>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--top_p=0", "top_p = 0.0 must be above 0"), ("--top_p=1.1", "must be at most 1"),
+    ("--temperature=-1", "at least 0"), ("--start=FILE:nowhere", "cannot read nowhere"),
+    ("--init_from=nowhere.pt", "cannot read nowhere.pt"),
+    ("--checkpoint=bets", "did you mean best?")])
+def test_mistakes_are_refused_in_words(run, refused, flag, words):
+    assert words in refused(sample.main, [*run, flag])
+
+
+def test_the_best_checkpoint_can_be_asked_for(tiny, tmp_path, capsys, refused):
+    run_train(*tiny("--max_iters=6", "--eval_interval=3", "--checkpoint_interval=3"))
+    sample.main([f"--out_dir={tmp_path / 'run'}", "--checkpoint=best", "--num_samples=1",
+                 "--max_new_tokens=2"])
+    (tmp_path / "run" / "best").unlink()
+    line = refused(sample.main, [f"--out_dir={tmp_path / 'run'}", "--checkpoint=best"])
+    assert "names no best checkpoint" in line
+
+
+def test_a_nanogpt_checkpoint_speaks(tmp_path, capsys, refused, gpt2_cache):
+    nanogpt_file(tmp_path / "ckpt.pt")
+    line = refused(sample.main, [f"--init_from={tmp_path / 'ckpt.pt'}", "--start=hello there"])
+    assert "its tokenizer is another one" in line  # 320 classes, GPT-2's prompt
+    sample.main([f"--init_from={tmp_path / 'ckpt.pt'}", "--start=!", "--num_samples=1",
+                 "--max_new_tokens=3"])
+    assert capsys.readouterr().out.startswith("!")
+
+
+def test_characters_of_several_tokens_come_whole():
+    encoding = get_tokenizer("bytes")
+    stream = TextStream(encoding)
+    text = "aé日🎉z"
+    pieces = [stream.push(token) for token in encoding.encode(text)]
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert pieces[1] == "" and pieces[2] == "é"
+    for token in "🎉".encode()[:2]:
+        assert stream.push(token) == ""
+    assert stream.end() == "\ufffd"

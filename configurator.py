@@ -65,6 +65,8 @@ class Config(Settings):
                               unit="steps", low=1)
     eval_windows: int = knob(2000, "validation windows evaluated, evenly spaced; 0 = every one",
                              unit="windows of block_size", low=0)
+    eval_only: bool = knob(False, "only measure the newest checkpoint (or init_from's weights) on "
+                                  "the whole validation split")
     log_interval: int = knob(10, "between records (and host syncs)", unit="steps", low=1)
     checkpoint_interval: int = knob(1000, "between checkpoints (the last step always saves)",
                                     unit="steps", low=1)

@@ -32,7 +32,7 @@ from checkpoint import (
 )
 from configurator import Config, ConfigError, Settings, as_dict, exit_with, knob, load
 from model import GPT, GPTConfig
-from tokenizer import EOT, TokenizerError, get_tokenizer
+from tokenizer import EOT, TokenizerError, byte_letters, get_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None
 def _as_tokenizers(encoding, *, byte_pairs: bool):
     """A tiktoken encoding of GPT-2's kind as a Tokenizer of the `tokenizers` library."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    letters = _byte_letters()
+    letters = byte_letters()
     spelled = {"".join(letters[b] for b in token): rank
                for token, rank in encoding._mergeable_ranks.items()}
     merges = [_halves(encoding._mergeable_ranks, token, letters)
@@ -146,13 +146,6 @@ def _as_tokenizers(encoding, *, byte_pairs: bool):
     tokenizer.add_special_tokens([AddedToken(EOT, special=True)])  # gets the next id
     assert tokenizer.token_to_id(EOT) == encoding.eot_token
     return tokenizer
-
-
-def _byte_letters() -> dict[int, str]:
-    """The printable character that stands for each byte in GPT-2's vocabulary files."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 def _halves(ranks: dict[bytes, int], token: bytes, letters: dict[int, str]) -> tuple[str, str]:

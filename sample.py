@@ -96,7 +96,11 @@ def read_weights(settings: SampleSettings) -> Weights:
 
 def encode(tokenizer, prompt: str, num_classes: int) -> list[int]:
     """Ids of a prompt, end-of-text for an empty one; raises ConfigError on ids without a class."""
-    prompt = prompt.encode("utf-8", "replace").decode()  # what is no character becomes ?
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is not valid UTF-8 at character {error.start}; give it as "
+                          "UTF-8 text", "start") from None
     ids = tokenizer.encode(prompt, allowed_special={EOT}) or [tokenizer.eot_token]
     if max(ids) >= num_classes:
         raise ConfigError(f"the prompt has id {max(ids)}, the model knows {num_classes}; its "

@@ -126,6 +126,25 @@ class FileEncoding:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def byte_lengths(encoding) -> list[int]:
+    """Bytes of text that each id stands for; end-of-text stands for none."""
+    if isinstance(encoding, FileEncoding):
+        letters = set(byte_letters().values())
+        tokens = [encoding._tokenizer.id_to_token(i) or "" for i in range(encoding.n_vocab)]
+        found = [len(t) if set(t) <= letters else len(t.encode()) for t in tokens]
+    else:
+        found = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
+    found[encoding.eot_token] = 0
+    return found
+
+
+def byte_letters() -> dict[int, str]:
+    """The printable character that stands for each byte in GPT-2's vocabulary files."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
 class TextStream:
     """Ids one by one to text as soon as it is valid: characters of several tokens come whole."""
 

@@ -44,6 +44,7 @@ from dataloader import (
     Prefetcher,
     TrainBatches,
     ValidationWindows,
+    gather,
     inputs_and_targets,
     keyed_seed,
     open_dataset,
@@ -67,7 +68,7 @@ from distributed import (
 from metrics import Health, Recorder, peak_flops
 from model import GPT, GPTConfig
 from optimizers import Estimator, advice, build, check, cosine_lr, unless, with_own_defaults
-from tokenizer import TokenizerError, get_tokenizer
+from tokenizer import TokenizerError, byte_lengths, get_tokenizer
 
 MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.
@@ -76,7 +77,7 @@ RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer")
 
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation_checkpointing",
-              "compile", "compile_optimizer", "dry_run", "dry_run_gpu", "dry_run_mfu"}
+              "compile", "compile_optimizer", "eval_only", "dry_run", "dry_run_gpu", "dry_run_mfu"}
 
 
 class TrainingError(RuntimeError):
@@ -179,6 +180,8 @@ def main(argv: list[str]) -> None:
     try:
         config, sources = load(Config, argv, "train.py [config/FILE.py] [--key=value]")
         config = with_own_defaults(config, sources)
+        if config.eval_only and "init_from" not in sources:
+            config = changed(config, init_from="resume")
         if config.dry_run:
             _check(config, sources, found=None)
             print(dry_run.report(config))
@@ -214,7 +217,8 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
     ranks = start_ranks(config.device)
     out_dir = Path(config.out_dir)
     with RunLock(out_dir) as lock:
-        if out_dir.is_dir():  # otherwise nothing is written before all is known to fit
+        # A new folder is not made before all is known to fit.
+        if out_dir.is_dir() and not config.eval_only:
             on_main(ranks, lock.take, CheckpointError)
         _train_alone(config, sources, ranks, out_dir, lock)
 
@@ -225,7 +229,7 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
     config, notes = _settle(config, sources, found, ranks)
     _check(config, sources, found)
     data = open_dataset(config.dataset, config.block_size)
-    if found and found.state["data"] != data.fingerprint:
+    if found and found.state["data"] != data.fingerprint and not config.eval_only:
         raise DataError(f"{data.folder} is not the data that {found.folder} was trained on; give "
                         "the same --dataset, or another --out_dir to start anew")
     weights = None
@@ -238,6 +242,9 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
     first_step = _restore(run, found) if found else 0
     if ranks.is_main:
         _announce(run, data, [*notes, data.note, *advice(config)])
+    if config.eval_only:
+        _report_loss(run, data, first_step)
+        return
     if first_step >= config.max_iters:
         if ranks.is_main:
             print(f"{found.folder} has all of max_iters = {config.max_iters} steps: nothing to "
@@ -378,6 +385,44 @@ def evaluate(run: Run, windows: ValidationWindows) -> float:
         sum_over_ranks([pair])
     total, count = pair.tolist()
     return total / count
+
+
+@torch.no_grad()
+def evaluate_split(run: Run, data: Dataset) -> float:
+    """Mean loss in nats over every token of the validation split but its first."""
+    T, targets_in_all = run.config.block_size, len(data.val) - 1
+    windows = ValidationWindows(data.val, block_size=T, limit=0, vocab_size=data.vocab_size)
+    mean, rest = evaluate(run, windows), targets_in_all % T
+    if rest == 0:
+        return mean
+    # The tokens that fill no window: the last ones of a window that reaches back.
+    idx, targets = inputs_and_targets(
+        gather(data.val, [targets_in_all - T], T, data.vocab_size), run.ranks.device)
+    targets = targets.clone()  # of one row, both are views of the same ids
+    targets[:, :T - rest] = -100
+    run.model.eval()
+    with run.autocast():
+        tail = run.model(idx, targets).item()
+    reshard(run.model)
+    run.model.train()
+    return (mean * (targets_in_all - rest) + tail * rest) / targets_in_all
+
+
+def _report_loss(run: Run, data: Dataset, step: int) -> None:
+    """Prints what --eval_only measures."""
+    loss = evaluate_split(run, data)
+    if not run.ranks.is_main:
+        return
+    ids, counts = np.unique(data.val[1:], return_counts=True)
+    words = [f"step {step}: loss {loss:.5f} nats per token, perplexity {math.exp(loss):.4f}"]
+    try:
+        lengths = np.array(byte_lengths(get_tokenizer(data.tokenizer)))
+        size = int((lengths[ids] * counts).sum())
+        words.append(f"{loss / math.log(2) * (len(data.val) - 1) / size:.5f} bits per byte, over "
+                     f"{size:,} bytes")
+    except TokenizerError as error:
+        words.append(f"bits per byte are not known: {error}")
+    print(f"{', '.join(words)} in {len(data.val) - 1:,} tokens of {data.folder}", flush=True)
 
 
 def _loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: int) -> None:

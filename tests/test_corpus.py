@@ -24,7 +24,7 @@ from corpus import (
 )
 from dataloader import open_dataset
 from tests.conftest import ROOT, listed
-from tokenizer import EOT, TokenizerError, fingerprint, get_tokenizer
+from tokenizer import EOT, TokenizerError, byte_lengths, fingerprint, get_tokenizer
 
 
 def script(name):
@@ -43,6 +43,15 @@ def test_bytes_tokenizer_is_one_id_a_byte():
     assert encoding.decode(encoding.encode_ordinary(text)) == text
     assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
     assert encoding.encode(EOT, allowed_special={EOT}) == [256]
+
+
+def test_lengths_of_ids_add_up_to_the_texts_bytes(gpt2_cache, tokenizer_json):
+    text = "naïve  text\n日本 🎉 of many  words"
+    for name in ("bytes", "gpt2", str(tokenizer_json)):
+        encoding = get_tokenizer(name)
+        lengths = byte_lengths(encoding)
+        assert sum(lengths[i] for i in encoding.encode_ordinary(text)) == len(text.encode()), name
+        assert lengths[encoding.eot_token] == 0 and len(lengths) == encoding.n_vocab
 
 
 def test_an_unknown_tokenizer_is_refused():

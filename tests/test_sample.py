@@ -59,6 +59,7 @@ def test_a_long_or_an_empty_prompt_works(run, capsys):
     ("--top_p=0", "top_p = 0.0 must be above 0"), ("--top_p=1.1", "must be at most 1"),
     ("--temperature=-1", "at least 0"), ("--start=FILE:nowhere", "cannot read nowhere"),
     ("--init_from=nowhere.pt", "cannot read nowhere.pt"),
+    ("--start=ab\udce9", "not valid UTF-8 at character 2"),
     ("--checkpoint=bets", "did you mean best?")])
 def test_mistakes_are_refused_in_words(run, refused, flag, words):
     assert words in refused(sample.main, [*run, flag])

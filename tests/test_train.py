@@ -1,6 +1,8 @@
 """The loop: exact resume, the estimator beside the gradients, ranks, refusals."""
 
 import json
+import math
+import re
 import shutil
 
 import pytest
@@ -12,6 +14,7 @@ from checkpoint import newest
 from configurator import Config, ConfigError, load
 from dataloader import open_dataset
 from distributed import Ranks
+from model import GPT, GPTConfig
 from optimizers import OPTIMIZERS
 from tests.conftest import run_train, torchrun
 
@@ -362,3 +365,35 @@ def test_losses_of_a_run_are_drawn(tiny, tmp_path, capsys, refused):
         assert (tmp_path / name).stat().st_size > 5000
     assert "cannot be read" in refused(plot.main, [f"--runs={tmp_path / 'none'}"])
     assert "--runs names 0 folders" in refused(plot.main, [])
+
+
+def test_eval_only_is_the_same_for_any_batch_and_ranks(tiny, tmp_path, data_dir, capsys):
+    run_train(*tiny("--max_iters=4"))
+    capsys.readouterr()
+    lines = []
+    for flags in (("--batch_size=1",), ("--batch_size=8",)):
+        run_train(*tiny("--eval_only", *flags))
+        lines.append(capsys.readouterr().out.splitlines()[-1])
+    result = torchrun(2, "train.py", *tiny("--eval_only", "--batch_size=2"))
+    lines.append(next(x for x in result.stdout.splitlines() if x.startswith("step 4: loss")))
+    assert len({re.sub(r"(\.\d{4})\d", r"\1", line) for line in lines}) == 1, lines
+    # By hand: every token but the first, in windows of 16 and a last one that reaches back.
+    found = newest(tmp_path / "run")
+    model = GPT(GPTConfig(**{k: found.state["config"][k] for k in train.MODEL_KEYS})).double()
+    model.load_state_dict(found.model_tensors())
+    tokens = torch.from_numpy(open_dataset(str(data_dir), 16).val.astype("int64"))
+    n = len(tokens) - 1
+    assert n % 16
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, n - n % 16, 16):
+            total += 16 * model(tokens[None, start:start + 16],
+                                tokens[None, start + 1:start + 17]).item()
+        logits = model(tokens[None, n - 16:n])[0, 16 - n % 16:]
+        total += torch.nn.functional.cross_entropy(logits, tokens[n + 1 - n % 16:],
+                                                   reduction="sum").item()
+    said = re.search(r"loss ([\d.]+) nats.* ([\d.]+) bits per byte, over ([\d,]+) bytes", lines[0])
+    assert float(said[1]) == pytest.approx(total / n, abs=2e-5)
+    size = int((tokens[1:] != 256).sum())
+    assert int(said[3].replace(",", "")) == size
+    assert float(said[2]) == pytest.approx(total / math.log(2) / size, abs=2e-5)

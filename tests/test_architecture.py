@@ -25,6 +25,7 @@ ALLOWED = {
     "train": BELOW_TRAIN | {"dry_run"},
     "bench": {"configurator", "distributed", "model", "optimizers", "sophia", "train"},
     "sample": {"configurator", "checkpoint", "model", "tokenizer", "distributed"},
+    "superglue": {"configurator", "checkpoint", "model", "tokenizer", "distributed"},
     "huggingface": {"configurator", "checkpoint", "model", "tokenizer"},
 }
 WITHOUT_TORCH = {"configurator", "tokenizer", "corpus"}

@@ -1,0 +1,232 @@
+"""Few-shot SuperGLUE, as appendix C.3 of the Sophia paper runs it.
+
+    python superglue.py --out_dir=out/gpt2-small-sophiag --tasks=boolq,cb,copa,rte
+    python superglue.py --out_dir=RUN --data_dir=FOLDER     FOLDER/BoolQ/train.jsonl, val.jsonl, ...
+
+Two worked examples from the training split, then the question; greedy decoding; the answer counts
+when the first line decoded is the expected one. Five draws of examples are averaged. Prompts have
+the parts of the paper's Fig. 11 (instruction; context, question, answer); the wording is this
+file's, since the figure shows only some of it. Without --data_dir the data come through `datasets`.
+"""
+
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, Weights, foreign_weights, run_weights
+from configurator import ConfigError, Settings, exit_with, knob, load
+from distributed import DeviceError, start_ranks
+from model import GPT, GPTConfig
+from tokenizer import TokenizerError, get_tokenizer
+
+
+class Task(NamedTuple):
+    """One task: where its data lie, and how a row becomes text."""
+
+    folder: str  # of SuperGLUE's release
+    instruction: str
+    answers: tuple[str, ...]  # by label
+    labels: dict[Any, int]  # what files and the hub call them
+    fields: tuple[str, ...]
+    context: Callable[[dict], str]
+    question: Callable[[dict], str]
+
+
+TASKS = {
+    "boolq": Task(
+        "BoolQ", "Answer the question about the passage with yes or no.", ("no", "yes"),
+        {False: 0, True: 1}, ("passage", "question"),
+        lambda row: row["passage"], lambda row: row["question"].rstrip("?") + "?"),
+    "cb": Task(
+        "CB", "Say whether the statement follows from the text: yes, no or maybe.",
+        ("yes", "no", "maybe"), {"entailment": 0, "contradiction": 1, "neutral": 2},
+        ("premise", "hypothesis"),
+        lambda row: row["premise"], lambda row: f"{row['hypothesis'].rstrip('.')}?"),
+    "copa": Task(
+        "COPA", "Choose the more plausible alternative, first or second.", ("first", "second"),
+        {}, ("premise", "choice1", "choice2", "question"),
+        lambda row: row["premise"],
+        lambda row: f"What was the {row['question']}? First: {row['choice1']} Second: "
+                    f"{row['choice2']}"),
+    "rte": Task(
+        "RTE", "Say whether the statement follows from the text: yes or no.", ("yes", "no"),
+        {"entailment": 0, "not_entailment": 1}, ("premise", "hypothesis"),
+        lambda row: row["premise"], lambda row: f"{row['hypothesis'].rstrip('.')}?"),
+}
+ANSWER_TOKENS = 8  # enough for every answer, bytes included
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperGlueSettings(Settings):
+    """The settings of this command."""
+
+    init_from: str = knob("resume", "resume: the run in out_dir; or a ckpt.pt, a GPT-2 folder of "
+                                    "transformers, a name on its hub")
+    out_dir: str = knob("out", "folder of the run; receives superglue.json")
+    tasks: str = knob("boolq,cb,copa,rte", "which, comma-separated")
+    data_dir: str = knob("", "folder of SuperGLUE's release; empty = fetched through datasets")
+    shots: int = knob(2, "worked examples before each question", low=0)
+    draws: int = knob(5, "sets of examples that are averaged", low=1)
+    limit: int = knob(0, "questions per task, the first ones; 0 = all", low=0)
+    batch_size: int = knob(8, "prompts of one length at a time", low=1)
+    seed: int = knob(1337, "of the examples drawn", low=0, high=2**63 - 1)
+    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
+
+    def check(self) -> None:
+        unknown = [t for t in self.tasks.split(",") if t not in TASKS]
+        if unknown:
+            raise ConfigError(f"tasks = {self.tasks}: {', '.join(unknown) or 'nothing'} is none "
+                              f"of {', '.join(TASKS)}", "tasks")
+
+
+def main(argv: list[str]) -> None:
+    """The command; exits with 2 and one line after a user's mistake."""
+    try:
+        settings, _ = load(SuperGlueSettings, argv, "superglue.py [--key=value]")
+        results = run(settings)
+        print(table(results))
+        if settings.init_from == "resume":
+            path = Path(settings.out_dir) / "superglue.json"
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"\nwrote {path}")
+    except (ConfigError, CheckpointError, TokenizerError, DeviceError) as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def run(settings: SuperGlueSettings) -> dict[str, dict]:
+    """Accuracy by task: mean, spread, each draw, chance, questions, prompts that were cut."""
+    device = start_ranks(settings.device).device
+    weights = run_weights(Path(settings.out_dir)) if settings.init_from == "resume" else \
+        foreign_weights(settings.init_from)
+    if weights is None:
+        raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
+    model = GPT(GPTConfig(**weights.shape))
+    model.load_state_dict(weights.tensors)
+    model.to(device).eval()
+    data = {name: {split: read_rows(name, split, settings.data_dir)
+                   for split in ("train", "val")} for name in settings.tasks.split(",")}
+    return {name: _run_task(TASKS[name], splits, model, weights, settings)
+            for name, splits in data.items()}
+
+
+def read_rows(name: str, split: str, data_dir: str) -> list[dict]:
+    """Rows of a task, each with an integer `label`; raises ConfigError naming file and row."""
+    task = TASKS[name]
+    if data_dir:
+        path = Path(data_dir) / task.folder / f"{split}.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}; it should be SuperGLUE's file",
+                              "data_dir") from None
+        where = str(path)
+    else:
+        rows, where = _fetch(name, split), f"{name} {split}"
+    for number, row in enumerate(rows, 1):
+        missing = [f for f in (*task.fields, "label") if f not in row]
+        label = None if missing else task.labels.get(row["label"], row["label"])
+        if missing or label not in range(len(task.answers)):
+            raise ConfigError(f"{where}, row {number}: " + (
+                f"field {', '.join(missing)} is missing" if missing else
+                f"label {row['label']!r} is not one of the task's"), "data_dir")
+        row["label"] = int(label)
+    if not rows:
+        raise ConfigError(f"{where} holds no rows", "data_dir")
+    return rows
+
+
+def _fetch(name: str, split: str) -> list[dict]:
+    try:
+        import datasets
+        hub = dict(train="train", val="validation")[split]
+        return list(datasets.load_dataset("aps/super_glue", name, split=hub))
+    except Exception as error:  # no network, no package, another layout: each its own type
+        raise ConfigError(f"{name} could not be fetched ({type(error).__name__}); give "
+                          "--data_dir=FOLDER with SuperGLUE's release", "data_dir") from None
+
+
+def prompt(task: Task, examples: list[dict], row: dict) -> str:
+    """Instruction, worked examples, and the question up to its answer."""
+    def shown(one: dict) -> str:
+        return f"Context: {task.context(one)}\nQuestion: {task.question(one)}\nAnswer:"
+
+    worked = [f"{shown(one)} {task.answers[one['label']]}\n\n" for one in examples]
+    return f"{task.instruction}\n\n{''.join(worked)}{shown(row)}"
+
+
+def draw_examples(rows: list[dict], shots: int, seed: int, draw: int) -> list[dict]:
+    """The worked examples of one draw."""
+    return random.Random(f"{seed} {draw}").sample(rows, min(shots, len(rows)))
+
+
+def _run_task(task: Task, splits: dict[str, list[dict]], model: GPT, weights: Weights,
+              settings: SuperGlueSettings) -> dict:
+    tokenizer = get_tokenizer(weights.tokenizer)
+    rows = splits["val"][:settings.limit or None]
+    room = model.config.block_size - ANSWER_TOKENS
+    scores, cut = [], 0
+    for draw in range(settings.draws):
+        examples = draw_examples(splits["train"], settings.shots, settings.seed, draw)
+        encoded = [tokenizer.encode_ordinary(prompt(task, examples, row)) for row in rows]
+        cut += sum(len(ids) > room for ids in encoded)
+        answers = _answers(model, tokenizer, [ids[-room:] for ids in encoded], settings,
+                           weights.num_classes, f"{task.folder}, draw {draw + 1}")
+        right = [answer == task.answers[row["label"]]
+                 for answer, row in zip(answers, rows, strict=True)]
+        scores.append(sum(right) / len(right))
+    common = max(sum(row["label"] == label for row in rows) for label in range(len(task.answers)))
+    return dict(accuracy=statistics.mean(scores), draws=scores,
+                spread=statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                questions=len(rows), commonest=common / len(rows), cut=cut / settings.draws)
+
+
+def _answers(model: GPT, tokenizer, prompts: list[list[int]], settings: SuperGlueSettings,
+             num_classes: int, name: str) -> list[str]:
+    """What greedy decoding makes of each prompt: its first line, stripped, in lower case."""
+    by_length: dict[int, list[int]] = {}
+    for place, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(place)
+    found = [""] * len(prompts)
+    device = next(model.parameters()).device
+    bar = tqdm(total=len(prompts), desc=name, leave=False, disable=not sys.stderr.isatty())
+    for length, places in sorted(by_length.items()):
+        for start in range(0, len(places), settings.batch_size):
+            some = places[start:start + settings.batch_size]
+            ids = torch.tensor([prompts[place] for place in some], device=device)
+            out = model.generate(ids, ANSWER_TOKENS, temperature=0,
+                                 num_classes=min(num_classes, tokenizer.n_vocab),
+                                 stop_token=tokenizer.eot_token)
+            for place, row in zip(some, out[:, length:].tolist(), strict=True):
+                ended = row.index(tokenizer.eot_token) if tokenizer.eot_token in row else None
+                text = tokenizer.decode(row[:ended]).strip()
+                found[place] = (text.splitlines() or [""])[0].strip().rstrip(".").lower()
+            bar.update(len(some))
+    bar.close()
+    return found
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results for a terminal or a Markdown file."""
+    lines = ["| task | accuracy | ± | commonest answer | questions | prompts cut |",
+             "|---|---|---|---|---|---|"]
+    for name, r in results.items():
+        lines.append(f"| {name} | {r['accuracy']:.1%} | {r['spread']:.1%} | {r['commonest']:.1%} | "
+                     f"{r['questions']} | {r['cut']:.0f} |")
+    if len(results) > 1:
+        mean = statistics.mean(r["accuracy"] for r in results.values())
+        lines.append(f"| mean | {mean:.1%} | | | | |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

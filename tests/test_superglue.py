@@ -1,0 +1,125 @@
+"""Few-shot evaluation, on tasks whose answers are known."""
+
+import json
+
+import pytest
+import torch
+
+import superglue
+from model import GPT
+from tests.conftest import run_train
+from tokenizer import EOT, get_tokenizer
+
+ROWS = {
+    "BoolQ": [dict(passage=f"The ball {i} is red.", question="is it red", label=i % 3 == 0)
+              for i in range(12)],
+    "CB": [dict(premise=f"It rains {i}.", hypothesis="It is wet.",
+                label=["entailment", "contradiction", "neutral"][i % 3]) for i in range(12)],
+    "COPA": [dict(premise=f"It rained {i}.", choice1="I got wet.", choice2="I flew.",
+                  question="effect", label=i % 2) for i in range(12)],
+    "RTE": [dict(premise=f"It rains {i}.", hypothesis="It is wet.",
+                 label="entailment" if i % 4 else "not_entailment") for i in range(12)],
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    for folder, rows in ROWS.items():
+        (tmp_path / "glue" / folder).mkdir(parents=True)
+        for split in ("train", "val"):
+            (tmp_path / "glue" / folder / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "glue"
+
+
+@pytest.fixture
+def run(tiny, tmp_path, data, capsys):
+    run_train(*tiny("--block_size=512", "--max_iters=1", "--total_batch_size=2",
+                    "--hessian_batch_size=2"))
+    capsys.readouterr()
+    return [f"--out_dir={tmp_path / 'run'}", f"--data_dir={data}", "--device=cpu"]
+
+
+def answering(monkeypatch, text):
+    """Makes the model decode this text after any prompt."""
+    ids = torch.tensor(get_tokenizer("bytes").encode(text, allowed_special={EOT}))
+    ids = ids[:superglue.ANSWER_TOKENS]
+    seen = []
+
+    def generate(self, idx, tokens, **settings):
+        assert settings["temperature"] == 0 and idx.size(1) + tokens <= 512
+        seen.extend(get_tokenizer("bytes").decode(row) for row in idx.tolist())
+        return torch.cat([idx, ids.expand(idx.size(0), -1)], dim=1)
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    return seen
+
+
+@pytest.mark.parametrize("text, expected", [
+    (" yes\nno", dict(boolq=4 / 12, cb=4 / 12, copa=0, rte=9 / 12)),
+    (" yes<|endoftext|>No", dict(boolq=4 / 12, cb=4 / 12, copa=0, rte=9 / 12)),
+    (" No.", dict(boolq=8 / 12, cb=4 / 12, copa=0, rte=3 / 12)),
+    (" second\n", dict(boolq=0, cb=0, copa=6 / 12, rte=0)),
+    (" yesno", dict(boolq=0, cb=0, copa=0, rte=0)), ("\n", dict(boolq=0, cb=0, copa=0, rte=0))])
+def test_the_first_line_is_the_answer(run, monkeypatch, tmp_path, text, expected, capsys):
+    answering(monkeypatch, text)
+    superglue.main([*run, "--draws=2"])
+    found = json.loads((tmp_path / "run" / "superglue.json").read_text())
+    assert {name: r["accuracy"] for name, r in found.items()} == pytest.approx(expected)
+    assert all(r["spread"] == 0 and r["questions"] == 12 for r in found.values())
+    assert found["rte"]["commonest"] == 9 / 12
+    assert "| rte |" in capsys.readouterr().out
+
+
+def test_a_prompt_has_instruction_two_examples_and_the_question(run, monkeypatch):
+    seen = answering(monkeypatch, " yes")
+    superglue.main([*run, "--tasks=boolq", "--draws=1"])
+    text = seen[0]
+    assert text.startswith("Answer the question about the passage with yes or no.\n\nContext: ")
+    assert text.count("Context: ") == text.count("Question: is it red?\nAnswer:") == 3
+    assert text.endswith("Answer:") and text.count("Answer: yes\n") + text.count(
+        "Answer: no\n") == 2
+
+
+def test_draws_differ_and_repeat_with_the_seed():
+    rows = [dict(n=n) for n in range(50)]
+    draws = [superglue.draw_examples(rows, 2, 1, d) for d in range(5)]
+    assert len({str(d) for d in draws}) == 5
+    assert draws == [superglue.draw_examples(rows, 2, 1, d) for d in range(5)]
+
+
+def test_prompts_longer_than_the_context_lose_their_beginning(run, monkeypatch, tmp_path, data):
+    row = ROWS["BoolQ"][0] | dict(passage="long " * 300)
+    (data / "BoolQ" / "val.jsonl").write_text(json.dumps(row) + "\n")
+    seen = answering(monkeypatch, " yes")
+    superglue.main([*run, "--tasks=boolq", "--draws=1"])
+    assert len(seen[0]) == 512 - superglue.ANSWER_TOKENS and seen[0].endswith("Answer:")
+    assert json.loads((tmp_path / "run" / "superglue.json").read_text())["boolq"]["cut"] == 1
+
+
+def test_batches_answer_as_one_by_one(run, tmp_path):
+    found = []
+    for batch in (1, 5):
+        superglue.main([*run, "--draws=1", f"--batch_size={batch}"])
+        found.append((tmp_path / "run" / "superglue.json").read_text())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("row, words", [
+    (dict(passage="x", label=True), "row 2: field question is missing"),
+    (dict(passage="x", question="y", label="perhaps"), "row 2: label 'perhaps' is not one"),
+    ("{", "cannot be read")])
+def test_bad_files_are_named(run, data, refused, row, words):
+    text = row if isinstance(row, str) else json.dumps(row)
+    path = data / "BoolQ" / "val.jsonl"
+    path.write_text(json.dumps(ROWS["BoolQ"][0]) + "\n" + text + "\n")
+    line = refused(superglue.main, [*run, "--tasks=boolq"])
+    assert words in line and "val.jsonl" in line
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--tasks=boolqs"], "boolqs is none of boolq, cb, copa, rte"),
+    (["--data_dir=nowhere"], "nowhere/BoolQ/train.jsonl cannot be read"),
+    (["--out_dir=nowhere"], "holds no checkpoint")])
+def test_mistakes_are_refused_in_words(run, refused, flags, words):
+    assert words in refused(superglue.main, [*run, *flags])

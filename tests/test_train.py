@@ -365,6 +365,33 @@ def test_losses_of_a_run_are_drawn(tiny, tmp_path, capsys, refused):
         assert (tmp_path / name).stat().st_size > 5000
     assert "cannot be read" in refused(plot.main, [f"--runs={tmp_path / 'none'}"])
     assert "--runs names 0 folders" in refused(plot.main, [])
+    assert "los is none of loss, lr" in refused(plot.main, ["--panels=los"])
+
+
+def test_a_runs_report_shows_plots_settings_and_samples(tiny, tmp_path, refused):
+    pytest.importorskip("matplotlib")
+    from experiments import plot
+    run_train(*tiny())
+    page = tmp_path / "page" / "report.html"
+    plot.main([f"--runs={tmp_path / 'run'}", f"--report={page}", "--samples=2"])
+    text = page.read_text()
+    assert text.count("<pre>") == 2 and "data:image/png;base64," in text
+    assert "<td>n_embd</td><td>16</td>" in text and torch.__version__ in text
+    assert "is about one run" in refused(plot.main, ["--runs=a,b", f"--report={page}"])
+
+
+def test_every_panel_is_drawn_from_what_the_run_recorded(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    from experiments import plot
+    run_train(*tiny("--max_iters=5"))
+    figure = plot.picture([tmp_path / "run"], ["a run"], list(plot.PANELS), x="seconds")
+    lines = records(tmp_path / "run")
+    for axes, key in zip(figure.axes, ("train/loss", "lr", "unclipped_fraction", "hessian_norm",
+                                       "norm_clip_rate"), strict=True):
+        assert axes.lines[0].get_ydata().tolist() == [line[key] for line in lines]
+    seconds = figure.axes[0].lines[0].get_xdata()
+    raw = plot.read_metrics(tmp_path / "run")
+    assert seconds[-1] == pytest.approx(sum(128 / r["tokens_per_second"] for r in raw))
 
 
 def test_eval_only_is_the_same_for_any_batch_and_ranks(tiny, tmp_path, data_dir, capsys):

@@ -34,6 +34,7 @@ from distributed import Ranks, host_copy, is_sharded, on_main, second_group, zer
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 FAILURES_ALLOWED = 2  # in a row, while an older checkpoint is there
+SLOW_SAVE = 20.0  # seconds, beyond which a signal under torchrun may come too late
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".partial"
 
@@ -103,7 +104,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._buffers: dict[str, Tensor] = {}  # in host memory, from one save to the next
-        self._failures = 0
+        self._failures, self._said_slow = 0, False
         if ranks.is_main:
             for left in out_dir.glob(f"step_*{_TEMPORARY}"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -137,6 +138,12 @@ class Saver:
         self.seconds_written, error, older = on_main(self.ranks, outcome)
         if not error:
             self._failures = 0
+            if (self.seconds_written > SLOW_SAVE and not self._said_slow and self.ranks.is_main
+                    and "TORCHELASTIC_RUN_ID" in os.environ):
+                self._said_slow = True
+                print(f"warning: a save took {self.seconds_written:.0f} s; torchrun kills its ranks "
+                      "30 s after a signal, so a longer --shutdown-timeout is safer",
+                      file=sys.stderr, flush=True)
             return
         self._failures += 1
         if self._failures > FAILURES_ALLOWED or not older:

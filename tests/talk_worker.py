@@ -33,6 +33,10 @@ if __name__ == "__main__":
         found = original_step(run, step)
         per_step.append((list(sums), list(backwards),
                          sorted(p.numel() for p in run.model.parameters())))
+        for p in run.model.parameters():  # the same on every rank, to the last bit
+            first = p.detach().clone()
+            dist.broadcast(first, 0)
+            assert first.equal(p.detach())
         return found
 
     train.train_step = train_step

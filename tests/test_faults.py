@@ -439,6 +439,18 @@ def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
     saver.close()
 
 
+def test_a_slow_save_under_torchrun_is_warned_of_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "SLOW_SAVE", 0.0)
+    for elastic in (False, True):
+        if elastic:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+        saver = Saver(tmp_path, ONE, keep=2, keep_best=False, sharded=False)
+        for step in (1, 2, 3):
+            saver.save({"w": torch.ones(1)}, {"0.m": torch.ones(1)}, dict(step=step))
+        saver.close()
+        assert capsys.readouterr().err.count("--shutdown-timeout is safer") == int(elastic)
+
+
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     saver = Saver(tmp_path, ONE, keep=2, keep_best=True, sharded=False)
     for step, loss in enumerate((3.0, 1.0, None, 2.0, 2.5, 4.0), 1):

@@ -141,8 +141,8 @@ class Saver:
             if (self.seconds_written > SLOW_SAVE and not self._said_slow and self.ranks.is_main
                     and "TORCHELASTIC_RUN_ID" in os.environ):
                 self._said_slow = True
-                print(f"warning: a save took {self.seconds_written:.0f} s; torchrun kills its ranks "
-                      "30 s after a signal, so a longer --shutdown-timeout is safer",
+                print(f"warning: a save took {self.seconds_written:.0f} s; torchrun kills its "
+                      "ranks 30 s after a signal, so a longer --shutdown-timeout is safer",
                       file=sys.stderr, flush=True)
             return
         self._failures += 1

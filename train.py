@@ -268,6 +268,11 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
         _farewell(run, data, out_dir)
 
 
+def settled(config: Config, ranks: Ranks, data: Dataset) -> Config:
+    """A config for a fresh run with dtype and vocab_size resolved, as `build_run` takes it."""
+    return _fit_vocabulary(_settle(config, {}, None, ranks)[0], {}, data)
+
+
 def build_run(config: Config, ranks: Ranks, data: Dataset,
               weights: dict[str, Tensor] | None = None) -> Run:
     """Model, optimizer and batches of a resolved config, freshly initialised or from `weights`."""

@@ -23,7 +23,7 @@ ALLOWED = {
     "metrics": set(),
     "dry_run": {"configurator", "dataloader", "metrics", "model", "optimizers"},
     "train": BELOW_TRAIN | {"dry_run"},
-    "bench": {"configurator", "distributed", "model", "optimizers", "sophia", "train"},
+    "bench": BELOW_TRAIN | {"sophia", "train"},
     "sample": {"configurator", "checkpoint", "model", "tokenizer", "distributed"},
     "superglue": {"configurator", "checkpoint", "model", "tokenizer", "distributed"},
     "huggingface": {"configurator", "checkpoint", "model", "tokenizer"},

@@ -259,7 +259,8 @@ def test_ctrl_c_ends_a_preparation_in_one_line(tmp_path, num_proc):
         [sys.executable, "data/text/prepare.py", f"--input={tmp_path / 'in.jsonl'}",
          "--tokenizer=bytes", f"--out_dir={tmp_path / 'out'}", f"--num_proc={num_proc}"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True)
+        start_new_session=True,  # a suite started in the background has SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     while not (tmp_path / "out" / "progress.json").exists():
         assert process.poll() is None
         time.sleep(0.02)

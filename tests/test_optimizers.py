@@ -43,7 +43,26 @@ def test_every_shipped_config_loads_and_says_how_to_launch_it(path):
     config = shipped(path.stem)
     first = path.read_text().splitlines()[0]
     assert f"train.py config/{path.name}" in first
-    assert path.stem.startswith("quickstart") or config.tokens_per_step == 480 * 1024
+    if not path.stem.startswith(("quickstart", "train_neox")):
+        assert config.tokens_per_step == 480 * 1024
+
+
+@pytest.mark.parametrize("optimizer, lrs", [("adamw", (1.5e-4, 1.2e-4)),
+                                            ("sophiag", (1.2e-4, 6e-5))])
+@pytest.mark.parametrize("size, shape, rows, parameters", [
+    ("1.5b", (1536, 24, 48), 512, 1.44e9), ("6.6b", (4096, 32, 32), 1024, 6.66e9)])
+def test_neox_configs_are_the_papers_and_divide_over_gpus(size, shape, rows, parameters, optimizer,
+                                                          lrs):
+    config = shipped(f"train_neox_{size}_{optimizer}")
+    assert (config.n_embd, config.n_head, config.n_layer) == shape
+    assert (config.total_batch_size, config.block_size) == (rows, 2048)
+    assert config.learning_rate == lrs[size == "6.6b"] and config.parallel == "fsdp"
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS}))
+    assert model.num_params(non_embedding=False) == pytest.approx(parameters, rel=0.01)
+    for ranks in (8, 16, 32, 64):
+        config.check_world(ranks)
+        check(config, ranks)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sophiag"])

@@ -1,9 +1,11 @@
 """The loop: exact resume, the estimator beside the gradients, ranks, refusals."""
 
+import ctypes
 import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -424,3 +426,12 @@ def test_eval_only_is_the_same_for_any_batch_and_ranks(tiny, tmp_path, data_dir,
     size = int((tokens[1:] != 256).sum())
     assert int(said[3].replace(",", "")) == size
     assert float(said[2]) == pytest.approx(total / math.log(2) / size, abs=2e-5)
+
+
+def test_mkl_keeps_its_number_of_threads(tiny, data_dir):
+    """Where it may choose, it takes fewer on a busy machine, and rounds otherwise."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    if not hasattr(library, "mkl_serv_get_dynamic"):
+        pytest.skip("this torch shows no MKL")
+    build(tiny(), data_dir)
+    assert library.mkl_serv_get_dynamic() == 0

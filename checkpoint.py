@@ -158,8 +158,13 @@ class Saver:
 
     def _write(self, model: dict, optimizer: dict, state: dict) -> float:
         began = time.perf_counter()
-        save(self.out_dir, model, optimizer, state, self.keep, keep_best=self.keep_best,
-             ranks=self.ranks if self.sharded else None, group=self.group)
+        try:
+            save(self.out_dir, model, optimizer, state, self.keep, keep_best=self.keep_best,
+                 ranks=self.ranks if self.sharded else None, group=self.group)
+        except CheckpointError:
+            raise
+        except Exception as error:  # every rank must hear of it, or the others wait for ever
+            raise CheckpointError(f"checkpoint of step {state['step']}: {error!r}") from error
         return time.perf_counter() - began
 
 
@@ -178,13 +183,19 @@ def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], 
         on_main(ranks, lambda: _prepare_folder(partial, model, optimizer, ranks), OSError,
                 group=group)
         _write_tensors(partial, model, optimizer, group)
-        on_main(ranks, lambda: _publish(partial, folder, state), OSError, group=group)
-        if ranks.is_main:
-            _purge(out_dir, keep, keep_best)
+        on_main(ranks, lambda: _publish(partial, folder, state), OSError, CheckpointError,
+                group=group)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint {folder} could not be written: {error}; earlier "
                               "checkpoints are intact") from error
+    if ranks.is_main:
+        try:
+            _replace_text(out_dir / "latest", folder.name + "\n")
+            _purge(out_dir, keep, keep_best)
+        except OSError as error:  # the save itself has succeeded
+            print(f"warning: {out_dir} could not be tidied after a save: {error}", file=sys.stderr,
+                  flush=True)
     return folder
 
 
@@ -228,7 +239,6 @@ def _publish(partial: Path, folder: Path, state: dict) -> None:
     if folder.exists():  # the same step again, after resuming from before it
         _set_aside(folder, ".replaced")
     os.rename(partial, folder)
-    _replace_text(folder.parent / "latest", folder.name + "\n")
     _fsync(folder.parent)
 
 
@@ -258,11 +268,12 @@ def checkpoints(out_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]), reverse=True)
 
 
-def newest(out_dir: Path) -> Checkpoint | None:
+def newest(out_dir: Path, *, own: bool = False) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None where there is no checkpoint at all.
 
-    One that does not verify is renamed to `.corrupt`, with the reason on stderr, and the one before
-    is taken. Raises CheckpointError when none of several is left.
+    One that does not verify is passed over, with the reason on stderr, and the one before is taken;
+    with `own`, for who holds the run's lock, it is renamed to `.corrupt`. Raises CheckpointError
+    when none of several is left.
     """
     folders = checkpoints(out_dir)
     damaged = list(out_dir.glob("step_*.corrupt*"))
@@ -270,9 +281,10 @@ def newest(out_dir: Path) -> Checkpoint | None:
         try:
             return open_checkpoint(folder)
         except CheckpointError as error:
-            aside = _set_aside(folder, ".corrupt")
-            print(f"warning: {error}; renamed to {aside.name}, trying the one before",
-                  file=sys.stderr, flush=True)
+            if not folder.exists():
+                continue  # its trainer has removed it in the meantime
+            said = f"renamed to {_set_aside(folder, '.corrupt').name}, " if own else ""
+            print(f"warning: {error}; {said}trying the one before", file=sys.stderr, flush=True)
     if folders or damaged:
         raise CheckpointError(f"no checkpoint in {out_dir} is intact (see *.corrupt there); start "
                               "again with another --out_dir")
@@ -332,7 +344,8 @@ SHAPE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "
 
 def foreign_weights(source: str) -> Weights:
     """GPT-2 weights made elsewhere: a ckpt.pt of nanoGPT or of the authors' code
-    (github.com/Liuhong99/Sophia), a folder that transformers wrote, or a name on its hub.
+    (github.com/Liuhong99/Sophia), another run's folder, a folder that transformers wrote, or a name
+    on its hub.
 
     Nothing in the files is executed. nanoGPT's models have the exact GELU, the authors' the tanh
     one and the switch for inverse-layer scaling. Raises CheckpointError on anything else.
@@ -340,6 +353,8 @@ def foreign_weights(source: str) -> Weights:
     path = Path(source)
     if path.suffix == ".pt":
         return _nanogpt_weights(path)
+    if checkpoints(path):
+        return run_weights(path)
     if not path.is_dir():
         path = _download(source)
     return _transformers_weights(path)
@@ -352,6 +367,9 @@ def _nanogpt_weights(path: Path) -> Weights:
         given = content["model_args"]
         shape = {key: given[key] for key in ("n_layer", "n_head", "n_embd", "block_size",
                                              "vocab_size", "bias")}
+        if not (all(type(x) in (int, bool) for x in shape.values())
+                and all(isinstance(x, Tensor) for x in tensors.values())):
+            raise TypeError("plain tensors and sizes")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -367,7 +385,8 @@ def _nanogpt_weights(path: Path) -> Weights:
     # The head is tied to wte; older files also hold the causal mask of each layer.
     kept = {name: x.float() for name, x in tensors.items() if name != "lm_head.weight"
             and not (name.endswith(".attn.bias") and x.dim() == 4)}
-    return Weights(kept, shape, "gpt2", min(GPT2_CLASSES, shape["vocab_size"]), {})
+    plain = shape["vocab_size"] >= GPT2_CLASSES  # otherwise its tokenizer is not known
+    return Weights(kept, shape, "gpt2" if plain else "", min(GPT2_CLASSES, shape["vocab_size"]), {})
 
 
 GPT2_CLASSES = 50257
@@ -386,6 +405,10 @@ def _transformers_weights(folder: Path) -> Weights:
                 f"{folder} holds no GPT-2 in transformers' format (config.json of model_type gpt2 "
                 "and *.safetensors), and no checkpoint of this project; check the path")
         width = config["n_embd"]
+        sizes = [config[key] for key in ("n_layer", "n_head", "n_embd", "n_positions",
+                                         "vocab_size")]
+        if not all(type(size) is int for size in sizes):
+            raise TypeError(f"sizes {sizes} are not whole numbers")
         for key, wanted in (("n_inner", (None, 4 * width)), ("layer_norm_epsilon", (1e-5,)),
                             ("scale_attn_weights", (True,)), ("tie_word_embeddings", (True,)),
                             ("activation_function", tuple(ACTIVATIONS))):
@@ -526,7 +549,10 @@ def _set_aside(folder: Path, suffix: str) -> Path:
     aside, n = folder.with_name(folder.name + suffix), 1
     while aside.exists():
         aside, n = folder.with_name(f"{folder.name}{suffix}{n}"), n + 1
-    return folder.rename(aside)
+    try:
+        return folder.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be renamed: {error.strerror}") from error
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -166,7 +166,8 @@ class Config(Settings):
             raise ConfigError(f"n_embd = {self.n_embd} does not divide into n_head = "
                               f"{self.n_head} heads; choose n_embd a multiple of n_head",
                               "n_embd", "n_head")
-        self.check_world(1)
+        if self.init_from not in ("resume", "auto") and not self.eval_only:
+            self.check_world(1)  # a checkpoint may bring the other numbers
 
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError unless the batch divides over `world_size` ranks."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,8 +67,8 @@ def main(argv: list[str]) -> None:
                   "(to train on from it)")
     except (ConfigError, CheckpointError, TokenizerError) as error:
         exit_with(error)
-    except OSError as error:
-        exit_with(ConfigError(f"{error.filename}: {error.strerror}"))
+    except (OSError, SafetensorError) as error:
+        exit_with(ConfigError(f"{settings.export or settings.out_dir} cannot be written: {error}"))
 
 
 def export(settings: HuggingFaceSettings) -> Path:
@@ -208,6 +209,9 @@ def _records(run: Path) -> list[dict]:
 def import_weights(settings: HuggingFaceSettings) -> None:
     """Writes the weights as a run's checkpoint of step 0."""
     out_dir = Path(settings.out_dir)
+    if out_dir.resolve() == Path(settings.import_from).resolve():
+        raise ConfigError(f"--import_from and --out_dir are both {out_dir}; give another --out_dir",
+                          "out_dir")
     if checkpoints(out_dir):
         raise ConfigError(f"{out_dir} already holds checkpoints; give another --out_dir", "out_dir")
     weights = foreign_weights(settings.import_from)

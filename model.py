@@ -241,14 +241,14 @@ def draw_token(logits: Tensor, temperature: float, top_k: int | None = None, *, 
         old = logits.gather(1, seen)
         old = torch.where(old > 0, old / repetition_penalty, old * repetition_penalty)
         logits = logits.scatter(1, seen, old)
-    if temperature == 0:
+    if temperature < 1e-6:  # where float32 would divide by nothing
         return logits.argmax(dim=-1, keepdim=True)
     ids = None
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k)  # (B, top_k), likeliest first
     elif top_p < 1:
         logits, ids = logits.sort(descending=True)
-    # Taking the maximum off first keeps the smallest temperatures finite.
+    # Taking the maximum off first keeps small temperatures finite.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     probabilities = F.softmax(logits, dim=-1)
     if top_p < 1:

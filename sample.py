@@ -47,7 +47,7 @@ class SampleSettings(Settings):
     top_p: float = knob(1.0, "of these only the likeliest that together have this probability",
                         above=0, high=1)
     repetition_penalty: float = knob(1.0, "above 1 makes tokens that were there less likely",
-                                     above=0)
+                                     low=0.01, high=100)
     seed: int = knob(1337, "seed of the sampling", low=0, high=2**63 - 1)
 
 
@@ -75,6 +75,9 @@ def sample(settings: SampleSettings) -> None:
         raise CheckpointError(f"the weights are not those of such a model: "
                               f"{' '.join(str(error).split())}") from error
     model.to(device, getattr(torch, settings.dtype)).eval()
+    if not weights.tokenizer:
+        raise CheckpointError(f"{settings.init_from} has {weights.num_classes} classes and does "
+                              "not say which tokenizer made them, so it cannot be made to speak")
     tokenizer = get_tokenizer(weights.tokenizer)
     generator = torch.Generator(device).manual_seed(settings.seed)
     prompts = _typed_prompts() if settings.interactive else [_read_start(settings.start)]

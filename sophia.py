@@ -63,8 +63,8 @@ class Sophia(torch.optim.Optimizer):
     ValueError naming the value that is out of range; RuntimeError on sparse gradients.
 
     Where the attribute `found_inf` (torch's name for it, a 0-dim tensor set from outside) is not
-    0, `step` and `update_hessian` change no parameter and no state; a compiled step finds that out
-    on the device, without a host sync.
+    0, `step` and `update_hessian` change no parameter, m, h or gamma; a compiled step finds that
+    out on the device, without a host sync (and then still counts the estimate).
     """
 
     found_inf: Tensor | None = None
@@ -103,7 +103,7 @@ class Sophia(torch.optim.Optimizer):
             if hhat is not None and hhat.shape != p.shape:
                 raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} for "
                                  f"a parameter of shape {tuple(p.shape)}")
-        refused = self._refused("bias_correction")
+        refused = self._refused("bias_correction", "gamma_target")
         if refused is True:
             return
         remaining = iter(estimates)
@@ -130,7 +130,7 @@ class Sophia(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refused = self._refused("gamma_target" if self._estimated else "")
+        refused = self._refused(*["gamma_target"] * self._estimated)
         if refused is True:
             return loss
         for group in self.param_groups:
@@ -150,12 +150,14 @@ class Sophia(torch.optim.Optimizer):
         self._estimated = False
         return loss
 
-    def _refused(self, unless: str) -> Tensor | bool | None:
+    def _refused(self, *unless: str) -> Tensor | bool | None:
         """`found_inf` for masking on the device; True or None where the host must know it: in an
-        eager step, and in groups whose option `unless` is set."""
+        eager step, in a subclass with its own rule, and where one of the options is set."""
         if self.found_inf is None:
             return None
-        if all(g["compiled"] and not g.get(unless) for g in self.param_groups):
+        if type(self)._update is Sophia._update and all(
+                g["compiled"] and not any(g[option] for option in unless)
+                for g in self.param_groups):
             return self.found_inf
         return bool(self.found_inf) or None  # host sync
 

@@ -95,8 +95,12 @@ def main(argv: list[str]) -> None:
         print(table(results))
         if settings.init_from == "resume":
             path = Path(settings.out_dir) / "superglue.json"
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"\nwrote {path}")
+            try:
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                print(f"\nwrote {path}")
+            except OSError as error:
+                print(f"\nwarning: {path} could not be written: {error.strerror}",
+                      file=sys.stderr)
     except (ConfigError, CheckpointError, TokenizerError, DeviceError) as error:
         exit_with(error)
     except KeyboardInterrupt:
@@ -110,8 +114,15 @@ def run(settings: SuperGlueSettings) -> dict[str, dict]:
         foreign_weights(settings.init_from)
     if weights is None:
         raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
+    if weights.shape["block_size"] <= ANSWER_TOKENS:
+        raise CheckpointError(f"a context of {weights.shape['block_size']} tokens has no room for "
+                              f"answers of {ANSWER_TOKENS}")
     model = GPT(GPTConfig(**weights.shape))
-    model.load_state_dict(weights.tensors)
+    try:
+        model.load_state_dict(weights.tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights are not those of such a model: "
+                              f"{' '.join(str(error).split())}") from error
     model.to(device).eval()
     data = {name: {split: read_rows(name, split, settings.data_dir)
                    for split in ("train", "val")} for name in settings.tasks.split(",")}
@@ -178,6 +189,10 @@ def _run_task(task: Task, splits: dict[str, list[dict]], model: GPT, weights: We
     for draw in range(settings.draws):
         examples = draw_examples(splits["train"], settings.shots, settings.seed, draw)
         encoded = [tokenizer.encode_ordinary(prompt(task, examples, row)) for row in rows]
+        highest = max(max(ids) for ids in encoded)
+        if highest >= weights.num_classes:
+            raise CheckpointError(f"the prompts have id {highest}, the model knows "
+                                  f"{weights.num_classes}; its tokenizer is another one")
         cut += sum(len(ids) > room for ids in encoded)
         answers = _answers(model, tokenizer, [ids[-room:] for ids in encoded], settings,
                            weights.num_classes, f"{task.folder}, draw {draw + 1}")

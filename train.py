@@ -213,7 +213,8 @@ def main(argv: list[str]) -> None:
 def train(config: Config, sources: dict[str, str] | None = None) -> None:
     """Trains to config.max_iters; `sources` says where each explicitly given key came from."""
     sources = sources or {}
-    _check(config, sources, found=None)
+    if config.init_from not in ("resume", "auto"):  # a checkpoint may bring other numbers
+        _check(config, sources, found=None)
     ranks = start_ranks(config.device)
     out_dir = Path(config.out_dir)
     with RunLock(out_dir) as lock:
@@ -227,20 +228,28 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
                  lock: RunLock) -> None:
     found = on_main(ranks, lambda: _find_checkpoint(config, out_dir), ConfigError, CheckpointError)
     config, notes = _settle(config, sources, found, ranks)
-    _check(config, sources, found)
+    if not found and config.init_from == "auto":
+        config = _as_begun(config, out_dir, notes)
+    if not config.eval_only:
+        _check(config, sources, found)
     data = open_dataset(config.dataset, config.block_size)
     if found and found.state["data"] != data.fingerprint and not config.eval_only:
         raise DataError(f"{data.folder} is not the data that {found.folder} was trained on; give "
                         "the same --dataset, or another --out_dir to start anew")
     weights = None
+    if found:
+        _require_tokenizer(found.state["tokenizer"], data, found.folder)
     if config.init_from not in ("scratch", "resume", "auto"):
         found_weights = foreign_weights(config.init_from)
         weights = found_weights.tensors
         config = _fit_weights(config, sources, found_weights.shape)
+        _require_tokenizer(found_weights.tokenizer, data, config.init_from)
     config = _fit_vocabulary(config, sources, data)
     run = build_run(config, ranks, data, weights)
     first_step = _restore(run, found) if found else 0
     if ranks.is_main:
+        if run.sharded and config.sample_tokens:
+            notes.append("no sample is drawn from a sharded model at the end; use sample.py")
         _announce(run, data, [*notes, data.note, *advice(config)])
     if config.eval_only:
         _report_loss(run, data, first_step)
@@ -250,7 +259,7 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
             print(f"{found.folder} has all of max_iters = {config.max_iters} steps: nothing to "
                   "train; raise --max_iters to go on")
         return
-    if config.sample_tokens:
+    if config.sample_tokens and not run.sharded:
         get_tokenizer(data.tokenizer)  # better missed now than after training
     on_main(ranks, lock.take, CheckpointError)
     on_main(ranks, lambda: _write_config(config, out_dir), CheckpointError)
@@ -543,7 +552,7 @@ def _find_checkpoint(config: Config, out_dir: Path) -> Checkpoint | None:
             raise ConfigError(f"{out_dir} already holds checkpoints; continue them with "
                               "--init_from=resume, or give another --out_dir", "out_dir")
     else:
-        found = checkpoints.newest(out_dir)
+        found = checkpoints.newest(out_dir, own=not config.eval_only)
         if found is None and config.init_from == "resume":
             raise CheckpointError(f"{out_dir} holds no checkpoint to resume; check --out_dir, or "
                                   "start with --init_from=scratch")
@@ -617,6 +626,9 @@ def _restore(run: Run, found: Checkpoint) -> int:
     found.restore(run.model, run.optimizer)
     run.tally.steps = found.state["tally"]["steps"]
     run.tally.clipped.fill_(found.state["tally"]["clipped"])
+    if guard := found.state.get("guard"):
+        run.guard.in_a_row.copy_(torch.tensor(guard["in_a_row"]))
+        run.guard.report[0] = guard["refused"]
     return found.state["step"]
 
 
@@ -631,10 +643,39 @@ def _save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | No
     saver.save(run.model.state_dict(), checkpoints.flatten_state(run.optimizer), dict(
         format=1, step=done, val_loss=val_loss,
         tally=dict(steps=run.tally.steps, clipped=run.tally.clipped.item()),
+        guard=dict(in_a_row=run.guard.in_a_row.tolist(), refused=int(run.guard.report[0])),
         config=as_dict(run.config), data=data.fingerprint,
         tokenizer=data.tokenizer, num_classes=data.vocab_size, world_size=run.ranks.world_size,
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       numpy=np.__version__)))
+
+
+def _as_begun(config: Config, out_dir: Path, notes: list[str]) -> Config:
+    """With init_from=auto and no checkpoint yet: the weights that the run began from, if any."""
+    try:
+        begun = json.loads((out_dir / "config.json").read_text())["init_from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return config
+    if begun in ("scratch", "resume", "auto"):
+        return config
+    notes.append(f"{out_dir} has no checkpoint yet; beginning again from {begun}")
+    return changed(config, init_from=begun)
+
+
+def _require_tokenizer(name: str, data: Dataset, whose: object) -> None:
+    """Raises DataError when weights were made with another tokenizer than the data."""
+    if name in ("", data.tokenizer):
+        return
+    try:
+        theirs, ours = (get_tokenizer(n).encode_ordinary(PROBE) for n in (name, data.tokenizer))
+    except TokenizerError:
+        return  # one of them is not at hand, so it cannot be known
+    if theirs != ours:
+        raise DataError(f"{whose} speaks {name}, {data.folder} is written in {data.tokenizer}: "
+                        "the same ids mean other text; prepare the data with the model's tokenizer")
+
+
+PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14159 # 日本語 don't\t\t12345"
 
 
 def _write_config(config: Config, out_dir: Path) -> None:

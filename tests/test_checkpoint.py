@@ -49,7 +49,9 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, capsys, n
         path.write_bytes(content[:-1])
     else:
         path.unlink()
-    assert newest(tmp_path).state["step"] == 1
+    assert newest(tmp_path).state["step"] == 1 and path.parent.exists()  # a reader only looks
+    assert "trying the one before" in capsys.readouterr().err
+    assert newest(tmp_path, own=True).state["step"] == 1
     warning = capsys.readouterr().err
     assert "step_00000002" in warning and "renamed to step_00000002.corrupt" in warning
     assert (tmp_path / "step_00000002.corrupt").is_dir()
@@ -59,7 +61,7 @@ def test_when_none_is_intact_nothing_is_loaded(tmp_path):
     (write(tmp_path, 1) / checkpoint.MODEL).unlink()
     for _ in range(2):  # a restart loop must not begin anew either
         with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
-            newest(tmp_path)
+            newest(tmp_path, own=True)
 
 
 @pytest.mark.trial(4)
@@ -141,16 +143,16 @@ def test_optimizer_state_round_trips_and_keeps_new_hyperparameters():
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def nanogpt_file(path, *, authors=False, prefix="", **changes):
+def nanogpt_file(path, *, authors=False, prefix="", vocab_size=320, **changes):
     """A ckpt.pt of the shape that nanoGPT (or the authors' code) writes, and its model."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=320, bias=True,
-                          activation="gelu_tanh" if authors else "gelu",
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, bias=True,
+                          vocab_size=vocab_size, activation="gelu_tanh" if authors else "gelu",
                           scale_attn_by_inverse_layer_idx=authors))
     state = {prefix + name: x for name, x in model.state_dict().items()}
     state[prefix + "lm_head.weight"] = model.transformer.wte.weight.detach()
-    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=320, bias=True,
-                dropout=0.0)
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, bias=True,
+                vocab_size=vocab_size, dropout=0.0)
     if authors:
         args["scale_attn_by_inverse_layer_idx"] = True
         state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32)

@@ -351,7 +351,7 @@ def test_files_swapped_between_checkpoints_are_refused(two_checkpoints, name, ca
         shutil.copy(before / checkpoint.MODEL, last / "more.safetensors")
     else:
         shutil.copy(before / name, last / name)
-    assert newest(two_checkpoints).folder == before
+    assert newest(two_checkpoints, own=True).folder == before
     assert "renamed to step_00000006.corrupt" in capsys.readouterr().err
 
 

@@ -235,3 +235,26 @@ GOLDEN = {  # name: optimizer of (groups, hparams), estimate, state of h
 def test_every_baseline_equals_its_golden_trajectory(golden_run, name, seed):
     make, estimate, h = GOLDEN[name]
     golden_run(name, seed, make, estimate, h=h)
+
+
+@pytest.mark.parametrize("cls", [Sophia, SophiaUnclipped, AdaHessian, AdaHessianClip])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_refused_step_or_estimate_changes_nothing(cls, compiled):
+    p = torch.nn.Parameter(torch.ones(5))
+    optimizer = cls([p], lr=0.1)
+    optimizer.param_groups[0]["compiled"] = compiled
+    p.grad = torch.ones(5)
+    optimizer.update_hessian([torch.ones(5)])
+    optimizer.step()
+    state = {k: v.clone() for k, v in optimizer.state[p].items() if k != "estimates"}
+    before = p.detach().clone()
+    optimizer.found_inf = torch.ones(())
+    p.grad = torch.full((5,), float("nan"))
+    optimizer.update_hessian([p.grad])
+    optimizer.step()
+    assert torch.equal(p, before)
+    assert all(torch.equal(v, optimizer.state[p][k]) for k, v in state.items())
+    optimizer.found_inf = torch.zeros(())
+    p.grad = torch.ones(5)
+    optimizer.step()
+    assert not torch.equal(p, before) and torch.isfinite(p).all()

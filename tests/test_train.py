@@ -19,6 +19,7 @@ from distributed import Ranks
 from model import GPT, GPTConfig
 from optimizers import OPTIMIZERS
 from tests.conftest import run_train, torchrun
+from tests.test_checkpoint import nanogpt_file
 
 
 def records(out_dir):
@@ -435,3 +436,52 @@ def test_mkl_keeps_its_number_of_threads(tiny, data_dir):
         pytest.skip("this torch shows no MKL")
     build(tiny(), data_dir)
     assert library.mkl_serv_get_dynamic() == 0
+
+
+def test_weights_and_data_of_different_tokenizers_are_refused(tmp_path, tiny, refused, gpt2_cache):
+    nanogpt_file(tmp_path / "ckpt.pt", vocab_size=50304)
+    flags = [f for f in tiny() if not f.startswith(("--n_", "--block_size"))]
+    line = refused(train.main, [*flags, f"--init_from={tmp_path / 'ckpt.pt'}", "--block_size=16"])
+    assert "speaks gpt2" in line and "written in bytes" in line
+
+
+def test_auto_before_the_first_checkpoint_begins_from_the_same_weights(tmp_path, tiny, capsys):
+    nanogpt_file(tmp_path / "ckpt.pt")
+    flags = [f for f in tiny("--max_iters=1", "--learning_rate=1e-12", "--weight_decay=0")
+             if not f.startswith(("--n_", "--block_size"))]
+    run_train(*flags, f"--init_from={tmp_path / 'ckpt.pt'}", "--block_size=16")
+    first = tensors(tmp_path / "run")["transformer.wte.weight"]
+    shutil.rmtree(newest(tmp_path / "run").folder)  # as if killed before it was there
+    run_train(*flags, "--init_from=auto", "--block_size=16")
+    assert "beginning again from" in capsys.readouterr().out
+    assert torch.equal(first, tensors(tmp_path / "run")["transformer.wte.weight"])
+
+
+def test_a_resumed_run_may_take_micro_batches_that_divide_its_own_batch(tiny, tmp_path):
+    run_train(*tiny("--max_iters=2", "--total_batch_size=14", "--batch_size=2",
+                    "--hessian_batch_size=2"))
+    train.main([f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--batch_size=7",
+                "--max_iters=3", "--device=cpu",
+                f"--dataset={newest(tmp_path / 'run').state['config']['dataset']}"])
+    assert newest(tmp_path / "run").state["step"] == 3
+
+
+def test_what_was_refused_is_still_counted_after_a_resume(tiny, tmp_path, monkeypatch):
+    original = train.GPT.forward
+    monkeypatch.setattr(train.GPT, "forward", lambda self, idx, targets=None:
+                        original(self, idx, targets) * (float("nan") if self.training else 1))
+    flags = ("--on_nonfinite=skip", "--optimizer=adamw", "--checkpoint_interval=2",
+             "--max_skipped=5")
+    run_train(*tiny(*flags, "--max_iters=2"))
+    assert newest(tmp_path / "run").state["guard"] == dict(in_a_row=[2, 0], refused=2)
+    with pytest.raises(SystemExit):
+        run_train(*tiny(*flags, "--max_iters=20", "--init_from=resume"))
+    assert newest(tmp_path / "run").state["step"] == 4  # the sixth in a row was step 5
+
+
+def test_a_run_starts_from_another_runs_weights(tiny, tmp_path):
+    run_train(*tiny("--max_iters=2"))
+    run_train(*tiny("--max_iters=1", "--learning_rate=1e-12", f"--init_from={tmp_path / 'run'}",
+                    out_dir=tmp_path / "second"))
+    a, b = tensors(tmp_path / "run"), tensors(tmp_path / "second")
+    torch.testing.assert_close(a["transformer.wte.weight"], b["transformer.wte.weight"])

@@ -317,6 +317,15 @@ class Weights(NamedTuple):
     num_classes: int  # real ids; the rest of the vocabulary is padding
     state: dict  # what state.json says; empty for weights from elsewhere
 
+    def load_into(self, model: nn.Module) -> nn.Module:
+        """The model, built with `shape`, with these parameters; raises CheckpointError."""
+        try:
+            model.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            raise CheckpointError("the weights are not those of such a model: "
+                                  f"{' '.join(str(error).split())}") from error
+        return model
+
 
 def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
     """The model of a run's newest checkpoint, or of its best; None where there is none.

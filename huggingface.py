@@ -215,12 +215,7 @@ def import_weights(settings: HuggingFaceSettings) -> None:
     if checkpoints(out_dir):
         raise ConfigError(f"{out_dir} already holds checkpoints; give another --out_dir", "out_dir")
     weights = foreign_weights(settings.import_from)
-    model = GPT(GPTConfig(**weights.shape))
-    try:
-        model.load_state_dict(weights.tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{settings.import_from} does not hold such a model: "
-                              f"{' '.join(str(error).split())}") from error
+    model = weights.load_into(GPT(GPTConfig(**weights.shape)))
     name = weights.tokenizer
     if name.endswith(".json"):
         out_dir.mkdir(parents=True, exist_ok=True)

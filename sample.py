@@ -68,12 +68,7 @@ def sample(settings: SampleSettings) -> None:
     """Prints the samples, a rule after each."""
     device = start_ranks(settings.device).device
     weights = read_weights(settings)
-    model = GPT(GPTConfig(**weights.shape))
-    try:
-        model.load_state_dict(weights.tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights are not those of such a model: "
-                              f"{' '.join(str(error).split())}") from error
+    model = weights.load_into(GPT(GPTConfig(**weights.shape)))
     model.to(device, getattr(torch, settings.dtype)).eval()
     if not weights.tokenizer:
         raise CheckpointError(f"{settings.init_from} has {weights.num_classes} classes and does "

@@ -117,12 +117,7 @@ def run(settings: SuperGlueSettings) -> dict[str, dict]:
     if weights.shape["block_size"] <= ANSWER_TOKENS:
         raise CheckpointError(f"a context of {weights.shape['block_size']} tokens has no room for "
                               f"answers of {ANSWER_TOKENS}")
-    model = GPT(GPTConfig(**weights.shape))
-    try:
-        model.load_state_dict(weights.tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights are not those of such a model: "
-                              f"{' '.join(str(error).split())}") from error
+    model = weights.load_into(GPT(GPTConfig(**weights.shape)))
     model.to(device).eval()
     data = {name: {split: read_rows(name, split, settings.data_dir)
                    for split in ("train", "val")} for name in settings.tasks.split(",")}

@@ -428,7 +428,7 @@ def _report_loss(run: Run, data: Dataset, step: int) -> None:
     if not run.ranks.is_main:
         return
     ids, counts = np.unique(data.val[1:], return_counts=True)
-    words = [f"step {step}: loss {loss:.5f} nats per token, perplexity {math.exp(loss):.4f}"]
+    words = [f"step {step}: loss {loss:.5f} nats per token, perplexity {math.exp(loss):.2f}"]
     try:
         lengths = np.array(byte_lengths(get_tokenizer(data.tokenizer)))
         size = int((lengths[ids] * counts).sum())

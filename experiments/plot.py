@@ -209,8 +209,7 @@ def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
         tokenizer = get_tokenizer(weights.tokenizer)
     except (CheckpointError, TokenizerError, KeyError) as error:
         return {"not read": str(error)}, []
-    model = GPT(GPTConfig(**weights.shape))
-    model.load_state_dict(weights.tensors)
+    model = weights.load_into(GPT(GPTConfig(**weights.shape)))
     if not samples:
         return environment, []
     ids = torch.full((samples, 1), tokenizer.eot_token)

@@ -485,3 +485,35 @@ def test_a_run_starts_from_another_runs_weights(tiny, tmp_path):
                     out_dir=tmp_path / "second"))
     a, b = tensors(tmp_path / "run"), tensors(tmp_path / "second")
     torch.testing.assert_close(a["transformer.wte.weight"], b["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("flags", [
+    ("--optimizer=adamw",), ("--compile_optimizer=on",),
+    ("--compile_optimizer=on", "--hessian_chunks=2", "--batch_size=1")])
+def test_a_step_asks_the_device_nothing(tiny, data_dir, monkeypatch, flags):
+    """Between logging steps the host never waits: no value is read, in an estimate's step either.
+
+    An eager Sophia step (the CPU's default) does ask whether the step is refused.
+    """
+    run = build(tiny("--hessian_interval=2", *flags), data_dir)
+    for step in range(3):  # compiled, and state made
+        train.train_step(run, step)
+    asked = []
+
+    def watched(name):
+        original = getattr(torch.Tensor, name)
+
+        def method(self, *args, **kwargs):
+            # The learning rate, its decay and gamma live on the host, as 0-dim float64 tensors.
+            if self.dim() or self.dtype != torch.float64:
+                asked.append(name)
+            return original(self, *args, **kwargs)
+        return method
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    for step in range(3, 6):
+        train.train_step(run, step)
+    assert asked == []
+    train._measure(run, 5, torch.zeros(()), torch.zeros(()), train._Clock(0))
+    assert asked == ["tolist"]

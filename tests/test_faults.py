@@ -423,7 +423,7 @@ def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
     original = checkpoint.save_file
 
     def slow(tensors, path):
-        time.sleep(0.3)
+        time.sleep(1)
         original(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
@@ -431,11 +431,11 @@ def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
     w = torch.ones(4)
     began = time.monotonic()
     saver.save({"w": w}, {"0.m": w}, dict(step=1))
-    assert time.monotonic() - began < 0.3
+    assert time.monotonic() - began < 1
     w.zero_()  # what training does meanwhile is not saved
     saver.settle()
     assert newest(tmp_path).model_tensors()["w"].tolist() == [1.0] * 4
-    assert saver.seconds_written > 0.6
+    assert saver.seconds_written > 2
     saver.close()
 
 

@@ -133,8 +133,9 @@ def read_rows(name: str, split: str, data_dir: str) -> list[dict]:
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; "
-                              "it should be SuperGLUE's file", "data_dir") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{path} cannot be read: {reason}; it should be SuperGLUE's file",
+                              "data_dir") from None
         where = str(path)
     else:
         rows, where = _fetch(name, split), f"{name} {split}"

@@ -5,6 +5,7 @@ DistributedDataParallel and fully_shard (FSDP2), over nccl on CUDA and gloo else
 loss, data or config file.
 """
 
+import ctypes
 import os
 import signal
 import threading
@@ -64,10 +65,25 @@ def start_ranks(device: str) -> Ranks:
     place = _find_device(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    if place.type == "cpu":
+        _keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo",
                                 device_id=place if place.type == "cuda" else None)
     return Ranks(int(os.environ.get("RANK", "0")), world_size(), place)
+
+
+def _keep_freed_memory() -> None:
+    """Makes glibc's malloc keep what is freed, as torch's allocator on CUDA does.
+
+    It otherwise gives large tensors back at once, and page faults for the next ones cost up to as
+    much as the arithmetic on them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:  # Linux
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _find_device(name: str, local_rank: int) -> torch.device:

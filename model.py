@@ -7,7 +7,7 @@ knows nothing of optimizers, ranks or files.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -107,14 +108,73 @@ class LayerCache:
         return self.k[:, :, :self.length], self.v[:, :, :self.length]
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of logits x W^T that exist for `chunk` positions at a time.
+
+    x (n, C), W (V, C), targets and `label` as in `GPT.forward`. Each chunk's gradient is taken
+    while its logits are there, so nothing is computed twice; what is kept for the backward pass is
+    the gradient by x and by W. Matrix products under autocast are in its precision, all else is in
+    float32. `gradients` False: the loss alone.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, targets: Tensor, label, chunk: int,
+                gradients: bool) -> Tensor:
+        device, wide = x.device.type, torch.promote_types(x.dtype, torch.float32)
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        loss, count = x.new_zeros((), dtype=wide), targets.new_zeros((), dtype=torch.long)
+        with torch.autocast(device, enabled=False):
+            head = W.to(low)
+            dx = torch.empty_like(x) if gradients else None
+            dW = torch.empty_like(W, dtype=wide) if gradients else None
+            for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
+                hidden, wanted = x[rows].to(low), targets[rows]
+                logits = F.linear(hidden, head)  # (chunk, V)
+                p = F.softmax(logits, dim=-1, dtype=wide)
+                labels = wanted if label is None else label(p, wanted)
+                counts = (labels != -100).unsqueeze(1)
+                place = labels.unsqueeze(1).clamp_min(0)  # (chunk, 1)
+                # log p of a label, finite even where p is 0
+                log_sum = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
+                loss += ((log_sum - logits.gather(1, place)) * counts).sum()
+                del logits  # before the next chunk's
+                count += counts.sum()
+                if gradients:
+                    p.scatter_add_(1, place, torch.full_like(place, -1, dtype=wide))
+                    p = p.to(low)  # the gradient by the logits, but for rows that do not count
+                    dx[rows] = (p @ head) * counts
+                    hidden = hidden * counts
+                    first = rows.start == 0
+                    if low == wide:
+                        dW.addmm_(p.t(), hidden, beta=0 if first else 1)
+                    else:
+                        torch.add(0 if first else dW, p.t() @ hidden, out=dW)
+                del p
+        ctx.gradients, ctx.count = (dx, dW), count
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked loss can be differentiated once")
+        dx, dW = ctx.gradients
+        ctx.gradients = None  # they are used up
+        scale = gradient / ctx.count
+        return dx.mul_(scale), dW.mul_(scale), None, None, None, None
+
+
 class GPT(nn.Module):
     """GPT-2 with the head tied to the token embedding.
 
     `activation_checkpointing`, off at first, recomputes each block in the backward pass instead of
-    keeping what is inside it.
+    keeping what is inside it. `loss_chunk`, when not 0, has the loss computed by
+    `ChunkedCrossEntropy` on so many positions at a time; 0, the plain way, is for torch.compile,
+    which fuses it.
     """
 
     activation_checkpointing = False
+    loss_chunk = 0
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -137,10 +197,13 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                label: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Logits (B, T, V) for ids `idx` (B, T), or with `targets` (B, T) the mean loss in nats.
 
-        Targets of -100 are ignored. Raises ValueError when T exceeds block_size.
+        Targets of -100 are ignored. With `label` they are what it makes labels of:
+        `label(probabilities (n, V), targets (n,))` gives ids (n,), drawn from the model's own
+        probabilities, say. Raises ValueError when T exceeds block_size.
         """
         B, T = idx.shape
         if self.config.block_size < T:
@@ -153,11 +216,19 @@ class GPT(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        logits = self.head(self.transformer.ln_f(x))  # (B, T, V)
+        x = self.transformer.ln_f(x)
         if targets is None:
-            return logits
+            return self.head(x)  # (B, T, V)
+        targets = targets.flatten()
+        if self.loss_chunk:
+            return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.transformer.wte.weight, targets,
+                                             label, self.loss_chunk, torch.is_grad_enabled())
+        logits = self.head(x).flatten(0, 1)  # (B * T, V)
+        if label is not None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            targets = label(F.softmax(logits.detach(), dim=-1, dtype=wide), targets)
         # Under autocast cross_entropy itself works in float32.
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits, targets)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of final hidden states (..., C)."""

@@ -24,12 +24,12 @@ class Estimator(NamedTuple):
     """Curvature estimates for the optimizer's parameters, at the current ones.
 
     `estimate(forward, inputs, targets, first_row, seed)` gives one tensor per parameter.
-    `forward` maps ids (b, T) to logits (b, T, V); `inputs` and `targets` (rows, T) are this rank's
-    rows, the first of which is row `first_row` of the step's batch; `seed` depends on the step
-    alone.
+    `forward` is called as the model is, with ids (b, T) and more (`model.GPT.forward`); `inputs`
+    and `targets` (rows, T) are this rank's rows, the first of which is row `first_row` of the
+    step's batch; `seed` depends on the step alone.
     """
 
-    estimate: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, int, int], list[Tensor]]
+    estimate: Callable[[Callable[..., Tensor], Tensor, Tensor, int, int], list[Tensor]]
     second_derivatives: bool = False  # `forward` must not be compiled
 
 
@@ -174,8 +174,9 @@ def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
         uniforms = torch.rand(config.hessian_batch_size, targets.size(1), generator=generator)
         return gauss_newton_bartlett(
             forward, inputs, params, uniforms=uniforms[first_row:first_row + len(inputs)],
-            mask=targets != -100, num_classes=num_classes, chunk_size=_chunk_size(config),
-            micro_batch_size=config.batch_size, all_reduce=all_reduce, accumulate=accumulate)
+            mask=targets != -100, num_classes=num_classes, own_loss=True,
+            chunk_size=_chunk_size(config), micro_batch_size=config.batch_size,
+            all_reduce=all_reduce, accumulate=accumulate)
 
     return Estimator(estimate)
 
@@ -184,9 +185,9 @@ def empirical_fisher_estimator(config: Config, params: list[Tensor], num_classes
                                all_reduce: Reduce, accumulate: Accumulate = None) -> Estimator:
     """n times the squared gradient on the true labels (E-F of Fig. 7)."""
     def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
-        return empirical_fisher(forward, inputs, targets, params, chunk_size=_chunk_size(config),
-                                micro_batch_size=config.batch_size, all_reduce=all_reduce,
-                                accumulate=accumulate)
+        return empirical_fisher(forward, inputs, targets, params, own_loss=True,
+                                chunk_size=_chunk_size(config), micro_batch_size=config.batch_size,
+                                all_reduce=all_reduce, accumulate=accumulate)
 
     return Estimator(estimate)
 

@@ -20,7 +20,8 @@ is the number of label positions, here a factor of the estimate itself.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -162,7 +163,7 @@ class Sophia(torch.optim.Optimizer):
         return bool(self.found_inf) or None  # host sync
 
     def _update(self, p: Tensor, state: dict, group: dict, refused: Tensor | None) -> None:
-        update = _run_compiled if group["compiled"] else sophia_update
+        update = _run_compiled if group["compiled"] else _run_eager
         tensors = (p, p.grad, state["exp_avg"], state["hessian"], _gamma(state, group))
         update(*map(_local, tensors), group["lr"], 1 - group["lr"] * group["weight_decay"],
                group["betas"][0], group["eps"], refused)
@@ -263,6 +264,20 @@ def sophia_update(p: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, decay, 
     wide.mul_(decay).sub_(update.mul_(lr))
     if wide is not p:
         p.copy_(wide)
+
+
+def _run_eager(p: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, *numbers) -> None:
+    """sophia_update; on a CPU by slices of rows, each in its cache from line to line."""
+    if p.device.type != "cpu" or p.dim() == 0 or p.numel() <= _IN_CACHE:
+        return sophia_update(p, g, m, h, gamma, *numbers)
+    rows = max(1, _IN_CACHE // p[0].numel())
+    gammas = gamma.split(rows) if isinstance(gamma, Tensor) and gamma.dim() else repeat(gamma)
+    for *parts, part_gamma in zip(*(x.split(rows) for x in (p, g, m, h)), gammas, strict=False):
+        sophia_update(*parts, part_gamma, *numbers)
+    return None
+
+
+_IN_CACHE = 2**16  # coordinates
 
 
 @cache
@@ -383,6 +398,7 @@ def gauss_newton_bartlett(
     mask: Tensor | None = None,
     num_classes: int | None = None,
     likelihood: Literal["categorical", "gaussian"] = "categorical",
+    own_loss: bool = False,
     chunk_size: int | None = None,
     micro_batch_size: int | None = None,
     all_reduce: Callable[[list[Tensor]], None] | None = None,
@@ -406,6 +422,10 @@ def gauss_newton_bartlett(
         num_classes: only the first so many classes are drawn (the rest of V is padding).
         likelihood: "categorical" for cross-entropy; "gaussian" for half the squared error summed
             over V, where the outputs are means of unit variance (the paper, section 2.3).
+        own_loss: the model computes the categorical loss itself, in a compiled graph or without
+            all logits at once: `model(inputs, uniforms, label)` gives the mean cross-entropy on the
+            labels `label(probabilities (n, V), uniforms (n,))` that are not -100. Needs `uniforms`,
+            and a position that counts in every micro-batch.
         chunk_size: rows squared together. None: all rows of all ranks in one square, the paper's
             way. Otherwise hhat = sum_c S_c * S_c / n over chunks c of so many rows: the same
             expectation, and with C chunks a relative deviation of sqrt(2/C) instead of sqrt(2).
@@ -418,8 +438,15 @@ def gauss_newton_bartlett(
     Raises ValueError without rows. Where no position is left to label, hhat is 0.
     """
     sampled_loss = dict(categorical=_categorical_loss, gaussian=_gaussian_loss)[likelihood]
+    label = partial(draw_labels, num_classes=num_classes)
 
     def summed_loss(rows: slice) -> tuple[Tensor, Tensor]:
+        if own_loss:
+            noise = uniforms[rows].to(inputs.device)
+            if mask is not None:
+                noise = noise.masked_fill(~mask[rows].to(noise.device), -1)
+            n = (noise >= 0).sum()
+            return model(inputs[rows], noise, label) * n, n
         outputs = model(inputs[rows])
         outputs = outputs.reshape(-1, outputs.size(-1))  # (n, V)
         noise = None if uniforms is None else uniforms[rows].to(outputs.device)
@@ -431,8 +458,8 @@ def gauss_newton_bartlett(
 
 
 def empirical_fisher(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor,
-                     params: Sequence[Tensor], *, chunk_size: int | None = None,
-                     micro_batch_size: int | None = None,
+                     params: Sequence[Tensor], *, own_loss: bool = False,
+                     chunk_size: int | None = None, micro_batch_size: int | None = None,
                      all_reduce: Callable[[list[Tensor]], None] | None = None,
                      accumulate: Callable[[Tensor, bool], list[Tensor] | None] | None = None,
                      ) -> list[Tensor]:
@@ -440,9 +467,12 @@ def empirical_fisher(model: Callable[[Tensor], Tensor], inputs: Tensor, targets:
 
     Not an estimate of the Gauss-Newton diagonal; the paper's ablation of it. `targets` are class
     ids of the shape of the logits without V, -100 where they do not count; the rest is as in
-    `gauss_newton_bartlett`.
+    `gauss_newton_bartlett`; with `own_loss` `model(inputs, targets)` gives the mean loss.
     """
     def summed_loss(rows: slice) -> tuple[Tensor, Tensor]:
+        if own_loss:
+            n = (targets[rows] != -100).sum()
+            return model(inputs[rows], targets[rows]) * n, n
         logits = model(inputs[rows])
         labels = targets[rows].reshape(-1)
         logits = logits.reshape(-1, logits.size(-1))  # (n, V)
@@ -539,18 +569,48 @@ def _separate(gradients: Iterable[Tensor]) -> list[Tensor]:
     return own
 
 
-@torch.no_grad()
 def sample_labels(logits: Tensor, uniforms: Tensor, num_classes: int | None = None) -> Tensor:
     """Exact draws from softmax(logits): class ids (n,) for logits (n, V) and uniforms (n,).
 
-    Inverse CDF in float32 (float64 for float64 logits): the first class whose cumulative
-    probability exceeds the uniform. Only the first `num_classes` classes can be drawn.
+    In float32 (float64 for float64 logits); the rest is `draw_labels`'.
     """
-    logits = logits[:, :num_classes]
-    cdf = F.softmax(logits, dim=-1, dtype=_wide_dtype(logits)).cumsum_(dim=-1)
-    threshold = uniforms.to(cdf.dtype).unsqueeze(1) * cdf[:, -1:]  # (n, 1)
-    labels = torch.searchsorted(cdf, threshold, right=True).squeeze(1)
-    return labels.clamp_max_(logits.size(1) - 1)
+    logits = logits.detach()[:, :num_classes]
+    return draw_labels(F.softmax(logits, dim=-1, dtype=_wide_dtype(logits)), uniforms)
+
+
+@torch.no_grad()
+def draw_labels(weights: Tensor, uniforms: Tensor, num_classes: int | None = None) -> Tensor:
+    """Class ids (n,) drawn with probabilities in the ratio of `weights` (n, V), at least 0.
+
+    By the inverse of the cumulative distribution at `uniforms` (n,) in [0, 1): first the block of
+    classes, then the class in it, which costs less than one long cumulative sum. Only the first
+    `num_classes` classes can be drawn. Negative uniforms draw nothing and give -100.
+    """
+    K = num_classes or weights.size(1)
+    blocks = K // _BLOCK
+    sums = weights[:, :blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).sum(-1)  # (n, blocks)
+    if K % _BLOCK:
+        sums = torch.cat([sums, weights[:, blocks * _BLOCK:K].sum(1, keepdim=True)], dim=1)
+    cdf = sums.cumsum(1)
+    block, before = _first_above(cdf, uniforms.to(cdf.dtype).unsqueeze(1) * cdf[:, -1:])
+    place = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)  # (n, _BLOCK)
+    inside = weights.gather(1, place.clamp_max(K - 1)).masked_fill_(place >= K, 0).cumsum(1)
+    within, _ = _first_above(inside, uniforms.unsqueeze(1) * cdf[:, -1:] - before)
+    labels = (block * _BLOCK + within).squeeze(1)
+    return torch.where(uniforms < 0, -100, labels)
+
+
+_BLOCK = 128  # classes
+
+
+def _first_above(cdf: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The first place (n, 1) of each row (n, K) above the threshold (n, 1), a possible one whatever
+    the rounding, and the row's value before it."""
+    below_all = cdf[:, -1:] * (1 - torch.finfo(cdf.dtype).eps)
+    threshold = threshold.to(cdf.dtype).clamp_min(0).minimum(below_all)
+    place = torch.searchsorted(cdf, threshold, right=True)
+    before = torch.where(place > 0, cdf.gather(1, (place - 1).clamp_min(0)), 0)
+    return place, before
 
 
 def _check_group(name: str, group: dict) -> None:

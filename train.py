@@ -75,9 +75,13 @@ MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
 RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer")
 
 
+# Of one chunk where nothing is compiled: 52 MB, as fast as all at once (results/speed_cpu.md).
+LOSS_CHUNK_LOGITS = 13_000_000
+
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation_checkpointing",
-              "compile", "compile_optimizer", "eval_only", "dry_run", "dry_run_gpu", "dry_run_mfu"}
+              "loss_chunk", "compile", "compile_optimizer", "eval_only", "dry_run", "dry_run_gpu",
+              "dry_run_mfu"}
 
 
 class TrainingError(RuntimeError):
@@ -299,7 +303,11 @@ def build_run(config: Config, ranks: Ranks, data: Dataset,
         model.double()
     blocks = list(model.transformer.h)
     sharded = config.parallel == "fsdp" and ranks.world_size > 1
-    if config.compile == "on" or (config.compile == "auto" and ranks.device.type == "cuda"):
+    compiles = config.compile == "on" or (config.compile == "auto"
+                                          and ranks.device.type == "cuda")
+    model.loss_chunk = config.loss_chunk or (0 if compiles else
+                                             max(1, LOSS_CHUNK_LOGITS // config.vocab_size))
+    if compiles:
         for part in blocks if sharded else [model]:
             part.compile()
     wrapped = wrap(model, ranks, sharded=sharded, blocks=blocks,
@@ -361,13 +369,13 @@ def update_curvature(run: Run, step: int) -> None:
     bare = run.model.forward if run.estimator.second_derivatives else run.model
     row = first
 
-    def forward(idx: Tensor) -> Tensor:
-        """Logits of the next rows from the model without gradient hooks."""
+    def forward(idx: Tensor, *more) -> Tensor:
+        """The model without gradient hooks, on the next rows."""
         nonlocal row
         _seed_dropout(config, "hessian_dropout", step, row)
         row += len(idx)
         with run.autocast():
-            return bare(idx)
+            return bare(idx, *more)
 
     estimate = run.estimator.estimate(forward, idx, targets, first,
                                       keyed_seed(config.seed, "hessian", step))

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dry_run
 import train
 from configurator import Config, load
 from model import GPT, GPTConfig
 from optimizers import build, with_own_defaults
+from tests.conftest import Allocated
 
 CONFIGS = sorted(Path("config").glob("*.py"))
 
@@ -52,25 +51,6 @@ def test_state_on_the_meta_device_is_as_large_as_real_state(optimizer):
     size = sum(x.nbytes for values in real.state.values() for x in values.values()
                if isinstance(x, torch.Tensor))
     assert dry_run.plan(config).state_bytes == size
-
-
-class Allocated(TorchDispatchMode):
-    """Storages that operations make within it, and whether they are still there."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for x in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(x, torch.Tensor):
-                reference = StorageWeakRef(x.untyped_storage())
-                self.made[reference.cdata] = (reference, x.untyped_storage().nbytes())
-        return found
-
-    def alive(self) -> int:
-        return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

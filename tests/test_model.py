@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTConfig, LayerCache, draw_token
+from sophia import draw_labels
+from tests.conftest import Allocated
 
 SMALL = dict(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=70)
 
@@ -47,6 +49,86 @@ def test_loss_is_the_mean_cross_entropy_over_targets_that_count():
     kept = targets != -100
     expected = F.cross_entropy(logits[kept], targets[kept])
     torch.testing.assert_close(model(idx, targets), expected)
+
+
+def draw_first_above(p, targets):
+    """Labels for a test: where the cumulative distribution passes the target."""
+    labels = torch.searchsorted(p.cumsum(1), targets.unsqueeze(1).to(p.dtype)).squeeze(1)
+    return torch.where(targets < 0, -100, labels)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 47])  # of 48 positions
+@pytest.mark.parametrize("draws", [False, True])
+@pytest.mark.parametrize("low", [False, True], ids=["float64", "autocast"])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole(chunk, draws, low):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL)).to(torch.float32 if low else torch.float64)
+    idx, targets = torch.randint(70, (2, 2, 24))
+    if draws:
+        targets = torch.rand(2, 24)
+        targets[1, 5:9] = -1
+    else:
+        targets[0, :5] = -100
+    label = draw_first_above if draws else None
+    found = []
+    for model.loss_chunk in (0, chunk):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = model(idx, targets, label)
+        found.append([loss, *torch.autograd.grad(3 * loss, list(model.parameters()))])
+    tolerance = dict(atol=2e-2, rtol=2e-2) if low else {}
+    torch.testing.assert_close(found[1], found[0], **tolerance)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        assert torch.equal(model(idx, targets, label), found[1][0])
+
+
+def test_the_chunked_loss_is_finite_where_a_labels_probability_is_not():
+    model = GPT(GPTConfig(**SMALL))
+    with torch.no_grad():
+        model.transformer.wte.weight[3] *= 1e4  # so that some probabilities are 0 in float32
+    idx, targets = torch.randint(70, (2, 1, 24))
+    whole = model(idx, targets)
+    model.loss_chunk = 5
+    assert whole > 100
+    torch.testing.assert_close(model(idx, targets), whole)
+
+
+def test_the_chunked_loss_is_differentiated_once():
+    model = GPT(GPTConfig(**SMALL))
+    model.loss_chunk = 5
+    loss = model(*torch.randint(70, (2, 1, 24)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("chunk, most", [(256, 2), (64, 0.5)])
+@pytest.mark.parametrize("draws", [False, True])
+def test_the_loss_holds_the_logits_and_one_more_buffer_of_their_size(chunk, most, draws):
+    """In float32, the backward pass and the drawing of labels included; with chunks, a chunk's."""
+    model = GPT(GPTConfig(**SMALL | dict(vocab_size=16384)))
+    model.loss_chunk = chunk
+    idx, targets = torch.randint(16384, (2, 16, 16))
+    if draws:
+        targets = torch.rand(16, 16)
+    whole = 256 * 16384 * 4
+    with Allocated(smallest=whole // 5) as held:  # the head's weights are an eighth
+        model(idx, targets, draw_labels if draws else None).backward()
+    assert 0 < held.most / whole <= most
+
+
+def test_the_chunked_loss_compiles_into_one_graph():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL))
+    model.loss_chunk = 20
+    idx, targets = torch.randint(70, (2, 2, 24))
+    uniforms = torch.rand(2, 24)
+    compiled = torch.compile(model, fullgraph=True)
+    for arguments in ((idx, targets), (idx, uniforms, draw_first_above)):
+        expected = model(*arguments)
+        gradients = torch.autograd.grad(expected, list(model.parameters()))
+        found = compiled(*arguments)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, list(model.parameters())), gradients)
 
 
 def test_a_token_never_sees_what_follows():

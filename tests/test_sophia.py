@@ -16,11 +16,14 @@ from sophia import (
     Sophia,
     SophiaG,
     SophiaH,
+    _run_eager,
     control_gamma,
+    draw_labels,
     empirical_fisher,
     gauss_newton_bartlett,
     hutchinson,
     sample_labels,
+    sophia_update,
 )
 from tests.conftest import torchrun
 
@@ -285,6 +288,57 @@ def test_labels_are_exact_draws_and_padding_is_never_drawn():
 def test_labels_at_the_ends_of_the_unit_interval_are_possible_classes():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]).expand(2, 4)
     assert sample_labels(logits, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("loss_chunk", [0, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_model_with_its_own_loss_gives_the_same_estimates(loss_chunk, masked):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=6, vocab_size=300)).double()
+    model.loss_chunk = loss_chunk
+    params, idx = list(model.parameters()), torch.randint(300, (4, 6))
+    mask = torch.arange(24).view(4, 6) % 5 > 0 if masked else None
+    settings = dict(uniforms=torch.rand(4, 6), mask=mask, num_classes=290, chunk_size=2,
+                    micro_batch_size=1)
+    ours = gauss_newton_bartlett(model, idx, params, own_loss=True, **settings)
+    theirs = gauss_newton_bartlett(model, idx, params, **settings)
+    torch.testing.assert_close(ours, theirs)
+    targets = idx if mask is None else idx.masked_fill(~mask, -100)
+    torch.testing.assert_close(empirical_fisher(model, idx, targets, params, own_loss=True),
+                               empirical_fisher(model, idx, targets, params))
+
+
+@pytest.mark.parametrize("shape", [(700, 300), (70_001,), (3, 50, 1000)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_step_by_slices_in_the_cache_is_the_whole_one(shape, rows):
+    torch.manual_seed(0)
+    p, g, m, h = (torch.randn(shape) for _ in range(4))
+    gamma = torch.rand(shape[0], *[1] * (len(shape) - 1)) if rows else 0.5
+    whole, sliced = [p.clone(), m.clone()], [p.clone(), m.clone()]
+    rest = (gamma, 0.1, 0.99, 0.9, 1e-12, None)
+    sophia_update(whole[0], g, whole[1], h, *rest)
+    _run_eager(sliced[0], g, sliced[1], h, *rest)
+    torch.testing.assert_close(sliced, whole, rtol=1e-6, atol=1e-7)  # one rounding
+
+
+@pytest.mark.parametrize("classes", [3, 128, 129, 500, 512])
+def test_blocks_of_classes_draw_as_one_cumulative_sum_does(classes):
+    generator = torch.Generator().manual_seed(classes)
+    weights = torch.rand(2000, 512, generator=generator, dtype=torch.float64) ** 8
+    weights[:, 130:256] = 0  # a block with two possible classes
+    u = torch.rand(2000, generator=generator, dtype=torch.float64)
+    cdf = weights[:, :classes].cumsum(1)
+    expected = torch.searchsorted(cdf, u.unsqueeze(1) * cdf[:, -1:], right=True).squeeze(1)
+    u[7] = -1
+    expected[7] = -100
+    assert torch.equal(draw_labels(weights, u, classes), expected)
+
+
+def test_no_impossible_class_is_drawn_at_the_ends_of_blocks():
+    weights = torch.zeros(4, 300)
+    weights[:, [0, 127, 200]] = torch.tensor([1.0, 1e-9, 1.0])
+    labels = draw_labels(weights, torch.tensor([0.0, 0.5, 0.5 + 2**-20, 1 - 2**-24]))
+    assert set(labels.tolist()) <= {0, 127, 200} and labels[0] == 0 and labels[3] == 200
 
 
 def test_labels_are_drawn_in_float32_from_bfloat16_logits():

@@ -18,7 +18,7 @@ from dataloader import open_dataset
 from distributed import Ranks
 from model import GPT, GPTConfig
 from optimizers import OPTIMIZERS
-from tests.conftest import run_train, torchrun
+from tests.conftest import Allocated, run_train, torchrun
 from tests.test_checkpoint import nanogpt_file
 
 
@@ -468,8 +468,8 @@ def test_a_resumed_run_may_take_micro_batches_that_divide_its_own_batch(tiny, tm
 
 def test_what_was_refused_is_still_counted_after_a_resume(tiny, tmp_path, monkeypatch):
     original = train.GPT.forward
-    monkeypatch.setattr(train.GPT, "forward", lambda self, idx, targets=None:
-                        original(self, idx, targets) * (float("nan") if self.training else 1))
+    monkeypatch.setattr(train.GPT, "forward", lambda self, *args:
+                        original(self, *args) * (float("nan") if self.training else 1))
     flags = ("--on_nonfinite=skip", "--optimizer=adamw", "--checkpoint_interval=2",
              "--max_skipped=5")
     run_train(*tiny(*flags, "--max_iters=2"))
@@ -517,3 +517,27 @@ def test_a_step_asks_the_device_nothing(tiny, data_dir, monkeypatch, flags):
     assert asked == []
     train._measure(run, 5, torch.zeros(()), torch.zeros(()), train._Clock(0))
     assert asked == ["tolist"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--hessian_chunks=2",), ("--optimizer=ef_clip",)])
+def test_an_estimate_takes_the_memory_of_the_training_pass_and_one_copy_of_the_parameters(
+        tiny, data_dir, flags):
+    run = build(tiny("--n_embd=64", "--vocab_size=2048", "--batch_size=4", *flags), data_dir)
+    train.train_step(run, 0)  # optimizer state is there
+    with Allocated() as training:
+        train.train_step(run, 1)
+    with Allocated() as estimate:
+        train.update_curvature(run, 0)
+    copy = 4 * run.model.num_params(non_embedding=False)
+    assert estimate.most <= training.most + 1.02 * copy
+    assert estimate.alive() < 0.01 * copy  # and gives it back
+    state = sum(x.nbytes for s in run.optimizer.state.values() for x in s.values() if x.dim())
+    assert state == 2 * copy  # 8 bytes per parameter
+
+
+def test_the_loss_in_chunks_trains_the_same_run(tiny, tmp_path):
+    for chunk in (1000, 5):
+        run_train(*tiny(f"--loss_chunk={chunk}", "--dtype=float64", "--hessian_interval=2",
+                        out_dir=tmp_path / str(chunk)))
+    found = [[r["train/loss"] for r in records(tmp_path / str(chunk))] for chunk in (1000, 5)]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)

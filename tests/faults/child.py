@@ -52,9 +52,10 @@ def inject(kind: str, value: str, step: str, rank: str) -> None:
     def hit(what: str) -> bool:
         return mine and kind == what and now == int(step)
 
-    def forward(self, idx, targets=None):
-        out = original_forward(self, idx, targets)
-        return out * poison if targets is not None and self.training and hit("loss") else out
+    def forward(self, idx, targets=None, label=None):
+        out = original_forward(self, idx, targets, label)
+        trains = targets is not None and label is None and self.training
+        return out * poison if trains and hit("loss") else out
 
     def clip(parameters, *args, **kwargs):
         parameters = list(parameters)

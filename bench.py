@@ -1,18 +1,21 @@
 """Times train.py's own step, and optimizer steps, as ratios within one run.
 
     python bench.py config/train_gpt2_30m_sophiag.py --json=FILE
-    python bench.py CONFIG --compare="optimizer=adamw; optimizer=sophiag; optimizer=sophiag,\
+    python bench.py CONFIG --compare="plain; optimizer=adamw; optimizer=sophiag; optimizer=sophiag,\
         hessian_chunks=12,hessian_batch_size=48" --profile=trace.json
+    python bench.py --against=FILE
     python bench.py CONFIG --what=optimizers
 
-A training contender is a list of settings laid over the config; the first is what the others are
-compared with. Each runs one whole Hessian cycle in turn, round after round, on random tokens (or on
---dataset with --real_data); a ratio is taken within a round, and the median over rounds is shown
-with the smallest and largest. On the CPU ratios count processor time, on CUDA synchronised wall
-time; tokens per second are of wall time.
+A training contender is a list of settings laid over the config, or `plain`: a nanoGPT-shaped loop
+on the same model. The first is what the others are compared with. Each runs one whole Hessian cycle
+in turn, round after round, on random tokens (or on --dataset with --real_data); a ratio is taken
+within a round, and the median over rounds is shown with the smallest and largest. On the CPU ratios
+count processor time, on CUDA synchronised wall time; tokens per second are of wall time. --against
+repeats the command that wrote a --json file and ends with 1 where a ratio has become larger.
 """
 
 import json
+import math
 import platform
 import resource
 import statistics
@@ -25,6 +28,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend
 
 import train
 from configurator import Config, ConfigError, exit_with, knob, load
@@ -32,11 +36,12 @@ from dataloader import DataError, Dataset, open_dataset
 from distributed import DeviceError, start_ranks, world_size
 from metrics import peak_flops
 from model import GPT, GPTConfig
-from optimizers import OPTIMIZERS, Lion, check, parameter_groups, with_own_defaults
+from optimizers import OPTIMIZERS, Lion, check, cosine_lr, parameter_groups, with_own_defaults
 from sophia import Sophia
 from train import MODEL_KEYS
 
 BASELINE = "AdamW, torch fused"
+PLAIN = "plain"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,10 @@ class BenchSettings(Config):
     what: Literal["training", "optimizers"] = knob(
         "training", "train.py's step, or optimizers alone", section="benchmark")
     compare: str = knob("optimizer=adamw; optimizer=sophiag; optimizer=sophiah",
-                        "contenders: settings, comma-separated, contenders by semicolons")
+                        "contenders: plain, or settings, comma-separated; contenders by "
+                        "semicolons")
+    against: str = knob("", "a file of --json: run its command again and compare the ratios")
+    tolerance: float = knob(0.1, "growth of a ratio that --against lets pass", low=0)
     repeats: int = knob(9, "rounds that are timed", low=3)
     real_data: bool = knob(False, "read --dataset instead of random tokens")
     profile: str = knob("", "file for a trace of one cycle of the last contender; empty = none")
@@ -57,15 +65,22 @@ def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
     try:
         settings, sources = load(BenchSettings, argv, "bench.py [config/FILE.py] [--key=value]")
+        stored = None
+        if settings.against:
+            stored = _stored(settings.against)
+            settings, sources = load(BenchSettings, [*stored["command"], *argv], "bench.py")
         if settings.what == "optimizers":
             report = bench_optimizers(settings)
             print(table(report))
         else:
             report = bench_training(settings, sources)
+            report["command"] = [a for a in argv if not a.startswith("--json=")]
             print(training_table(report))
         if settings.json:
             Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
             Path(settings.json).write_text(json.dumps(report, indent=1) + "\n")
+        if stored and not print_growth(stored, report, settings.tolerance):
+            raise SystemExit(1)
     except (ConfigError, DataError, DeviceError) as error:
         exit_with(error)
     except OSError as error:
@@ -82,9 +97,9 @@ def bench_training(settings: BenchSettings, sources: dict[str, str]) -> dict:
     if not contenders:
         raise ConfigError("compare names no contender; give settings such as optimizer=adamw",
                           "compare")
-    steps = max(config.hessian_interval for config in contenders.values())
+    cycle = max(config.hessian_interval for config in contenders.values())
     clock, rounds, rows = _both_clocks(ranks.device), [], {}
-    runs = {}
+    runs, steps = {}, {}
     for name, config in contenders.items():
         data = open_dataset(config.dataset, config.block_size) if settings.real_data else \
             _random_data(config)
@@ -92,39 +107,123 @@ def bench_training(settings: BenchSettings, sources: dict[str, str]) -> dict:
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(ranks.device)
         runs[name] = run = train.build_run(config, ranks, data)
-        first = clock(lambda run=run: train.train_step(run, 0))[1]
-        clock(lambda run=run: _cycle(run, 1, steps - 1))
+        steps[name] = _plain_loop(run, data.train) if name == PLAIN else \
+            lambda step, run=run: train.train_step(run, step)
+        first = clock(lambda: steps[name](0))[1]  # noqa: B023 (called at once)
+        _cycle(steps[name], 1, cycle - 1)
         rows[name] = dict(first_step_s=first, peak_bytes=_peak_bytes(ranks.device))
     for number in range(1, settings.repeats + 1):
-        rounds.append({name: _timed_cycle(run, number * steps, steps, clock)
+        rounds.append({name: _timed_cycle(run, steps[name], number * cycle, cycle, clock)
                        for name, run in runs.items()})
+    optimizers = _optimizer_times(runs, settings.repeats)
     baseline = next(iter(contenders))
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+    peak = peak_flops(device)
     for name, run in runs.items():
         found = [r[name] for r in rounds]
-        ratios = sorted(r[name]["cycle"] / r[baseline]["cycle"] for r in rounds)
         seconds = statistics.median(f["wall"] for f in found)
-        tokens = steps * run.config.tokens_per_step
-        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-        peak = peak_flops(device)
+        tokens = cycle * run.config.tokens_per_step
         rows[name] |= dict(
             step_ms=1e3 * statistics.median(f["step"] for f in found),
             hessian_ms=1e3 * statistics.median(f["estimate"] for f in found)
             if run.estimator else 0.0,
-            ratio=statistics.median(ratios), least=ratios[0], most=ratios[-1],
+            **_ratios([r[name]["cycle"] / r[baseline]["cycle"] for r in rounds]),
             tokens_per_second=tokens / seconds,
             mfu=tokens / seconds * run.model.flops_per_token() / peak if peak else None,
-            data_wait=statistics.median(f["waited"] / f["wall"] for f in found))
+            data_wait=statistics.median(f["waited"] / f["wall"] for f in found),
+            # The first step has an estimate in it, and compiles what is compiled.
+            compile_s=max(0.0, rows[name]["first_step_s"]
+                          - statistics.median(f["first_wall"] for f in found)),
+            **optimizers[name])
     if settings.profile:
-        _profile(next(reversed(runs.values())), steps, settings.profile)
-    any_run = next(iter(runs.values()))
-    return dict(rows=rows, repeats=len(rounds), cycle=steps, **_environment(ranks.device),
-                parameters=any_run.model.num_params(non_embedding=False),
-                tokens_per_step=any_run.config.tokens_per_step, dtype=any_run.config.dtype)
+        _profile(steps[name], ranks.device, cycle, settings.profile)
+    return dict(rows=rows, repeats=len(rounds), cycle=cycle,
+                **_environment(ranks.device, next(iter(runs.values()))), peak_flops=peak,
+                parameters=run.model.num_params(non_embedding=False),
+                flops_per_token=run.model.flops_per_token(),
+                tokens_per_step=run.config.tokens_per_step, dtype=run.config.dtype)
+
+
+def _ratios(values: list[float]) -> dict[str, float]:
+    return dict(ratio=statistics.median(values), least=min(values), most=max(values))
+
+
+def _plain_loop(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
+    """The step of a nanoGPT-shaped loop: rows copied one by one for each micro-batch, logits all at
+    once, torch's fused AdamW."""
+    config, device = run.config, run.ranks.device
+    run.model.loss_chunk = 0
+    parts = config.total_batch_size // config.batch_size
+    generator = np.random.default_rng(config.seed)
+
+    def batch(first: np.ndarray) -> torch.Tensor:
+        rows = torch.stack([torch.from_numpy(tokens[i:i + config.block_size].astype(np.int64))
+                            for i in first])
+        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else \
+            rows.to(device)
+
+    def step(number: int) -> None:
+        for group in run.optimizer.param_groups:
+            group["lr"] = cosine_lr(config, number)
+        for _ in range(parts):
+            first = generator.integers(len(tokens) - config.block_size, size=config.batch_size)
+            idx, targets = batch(first), batch(first + 1)
+            with run.autocast():
+                loss = run.model(idx, targets) / parts
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _optimizer_times(runs: dict[str, train.Run], repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each run's optimizer step, and as a ratio to torch's fused AdamW in turn."""
+    found = {}
+    for name, run in runs.items():
+        clock = _clock(run.ranks.device)
+        params = [p for group in run.optimizer.param_groups for p in group["params"]]
+        fused = dict(fused=True) if run.ranks.device.type in ("cpu", "cuda") else {}
+        adamw = torch.optim.AdamW([p.detach().clone() for p in params], **fused)
+        for ours, theirs in zip(params, adamw.param_groups[0]["params"], strict=True):
+            ours.grad = theirs.grad = torch.randn_like(ours)
+        for step in (run.optimizer.step, adamw.step):
+            step()
+        times = [(clock(run.optimizer.step), clock(adamw.step)) for _ in range(repeats)]
+        run.optimizer.zero_grad(set_to_none=True)
+        found[name] = dict(optimizer_ms=statistics.median(t for t, _ in times),
+                           optimizer_ratio=statistics.median(t / base for t, base in times))
+    return found
+
+
+def _stored(path: str) -> dict:
+    try:
+        report = json.loads(Path(path).read_text())
+        report["command"], report["rows"]  # what is needed of it
+        return report
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--against={path} is no file of bench.py --json: {error}") from None
+
+
+def print_growth(stored: dict, report: dict, tolerance: float) -> bool:
+    """Prints each contender's ratio then and now; whether none grew by more than the tolerance."""
+    good = True
+    print(f"\nratios to {next(iter(stored['rows']))}, then ({stored['device_name']}, torch "
+          f"{stored['torch']}) and now:")
+    for name, then in stored["rows"].items():
+        now = report["rows"][name]["ratio"]
+        slower = now > then["ratio"] * (1 + tolerance)
+        good &= not slower
+        print(f"  {name}: {then['ratio']:.3f} ({then['least']:.3f}-{then['most']:.3f}), {now:.3f}"
+              f"{'  SLOWER' if slower else ''}")
+    return good
 
 
 def _contender(settings: BenchSettings, sources: dict[str, str], text: str) -> Config:
     """train.py's config of one contender: flags, then its own settings, then its defaults."""
-    flags = [f"--{part.strip()}" for part in text.split(",")]
+    flags = [f"--{part.strip()}" for part in
+             ("optimizer=adamw" if text == PLAIN else text).split(",")]
     given, own = load(Config, flags, "bench.py")
     values = {f.name: getattr(settings, f.name) for f in fields(Config)}
     explicit = set(sources)
@@ -146,19 +245,20 @@ def _random_data(config: Config) -> Dataset:
     return Dataset(Path("random"), tokens, tokens, classes, "gpt2", {}, "")
 
 
-def _cycle(run: train.Run, first: int, steps: int) -> None:
-    for step in range(first, first + steps):
-        train.train_step(run, step)
+def _cycle(step: Callable[[int], object], first: int, steps: int) -> None:
+    for number in range(first, first + steps):
+        step(number)
 
 
-def _timed_cycle(run: train.Run, first: int, steps: int, clock) -> dict[str, float]:
+def _timed_cycle(run: train.Run, step: Callable[[int], object], first: int, steps: int,
+                 clock) -> dict[str, float]:
     """Seconds of one cycle from a step with an estimate on, its plain step and its estimate."""
     run.batches.seconds_waited = 0.0
-    times = [clock(lambda step=step: train.train_step(run, step))
-             for step in range(first, first + steps)]
+    times = [clock(lambda number=number: step(number)) for number in range(first, first + steps)]
     plain = statistics.median(t for t, _ in times[1:]) if steps > 1 else times[0][0]
     return dict(cycle=sum(t for t, _ in times), wall=sum(w for _, w in times), step=plain,
-                estimate=max(0.0, times[0][0] - plain), waited=run.batches.seconds_waited)
+                first_wall=times[0][1], estimate=max(0.0, times[0][0] - plain),
+                waited=run.batches.seconds_waited)
 
 
 def _both_clocks(device: torch.device):
@@ -180,15 +280,15 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _profile(run: train.Run, steps: int, path: str) -> None:
+def _profile(step: Callable[[int], object], device: torch.device, steps: int, path: str) -> None:
     """Writes a trace of one cycle, for chrome://tracing, and prints its ten dearest operations."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     order = "self_cpu_time_total"
-    if run.ranks.device.type == "cuda":
+    if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         order = "self_cuda_time_total"
     with torch.profiler.profile(activities=activities) as profiler:
-        _cycle(run, 0, steps)
+        _cycle(step, 0, steps)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(path)
     print(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40))
@@ -196,26 +296,45 @@ def _profile(run: train.Run, steps: int, path: str) -> None:
 
 def training_table(report: dict) -> str:
     """The report as a Markdown table."""
-    lines = [f"{report['parameters'] / 1e6:.1f}M parameters, {report['tokens_per_step']:,} tokens "
-             f"per step, cycles of {report['cycle']} steps, {report['dtype']}, "
-             f"{report['device']} ({report['device_name']}), {report['threads']} threads, torch "
-             f"{report['torch']}, {report['repeats']} rounds", "",
+    peak = f" of {report['peak_flops'] / 1e12:.0f} TFLOP/s" if report["peak_flops"] else ""
+    lines = [f"{report['parameters'] / 1e6:.1f}M parameters, "
+             f"{report['flops_per_token'] / 1e6:,.1f} MFLOP per token, "
+             f"{report['tokens_per_step']:,} tokens per step, cycles of {report['cycle']} steps, "
+             f"{report['dtype']}, attention {report['attention']}, "
+             f"{report['device']} ({report['device_name']}{peak}), {report['threads']} threads, "
+             f"torch {report['torch']}, {report['repeats']} rounds", "",
              "| contender | T(step), ms | T(Hessian), ms | x the first | least-most | tokens/s | "
-             "MFU | data wait | first step, s | peak MiB |", "|---" * 10 + "|"]
+             "MFU | optimizer, ms | x fused AdamW | data wait | compile, s | first step, s | "
+             "peak MiB |", "|---" * 13 + "|"]
     for name, row in report["rows"].items():
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         lines.append(
             f"| {name} | {row['step_ms']:.1f} | {row['hessian_ms']:.1f} | {row['ratio']:.3f} | "
             f"{row['least']:.3f}-{row['most']:.3f} | {row['tokens_per_second']:,.0f} | {mfu} | "
-            f"{row['data_wait']:.1%} | {row['first_step_s']:.1f} | {row['peak_bytes'] >> 20:,} |")
+            f"{row['optimizer_ms']:.1f} | {row['optimizer_ratio']:.2f} | "
+            f"{row['data_wait']:.1%} | {row['compile_s']:.1f} | {row['first_step_s']:.1f} | "
+            f"{row['peak_bytes'] >> 20:,} |")
     return "\n".join(lines)
 
 
-def _environment(device: torch.device) -> dict:
+def _environment(device: torch.device, run: train.Run | None = None) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return dict(device=str(device), device_name=name or platform.machine(),
-                threads=torch.get_num_threads(), torch=torch.__version__,
-                python=platform.python_version())
+    found = dict(device=str(device), device_name=name or platform.machine(),
+                 threads=torch.get_num_threads(), torch=torch.__version__,
+                 python=platform.python_version())
+    if device.type == "cuda":
+        found |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    return found | (dict(attention=_attention(run)) if run else {})
+
+
+def _attention(run: train.Run) -> str:
+    """The kernel that scaled_dot_product_attention takes for the run's shapes and precision."""
+    c = run.config
+    wanted = dict(bfloat16=torch.bfloat16, float64=torch.float64).get(c.dtype, torch.float32)
+    q = torch.empty(c.batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, dtype=wanted,
+                    device=run.ranks.device, requires_grad=True)
+    backend = SDPBackend(torch._fused_sdp_choice(q, q, q, None, c.dropout, True))
+    return backend.name.lower().removesuffix("_attention")
 
 
 def bench_optimizers(settings: BenchSettings) -> dict:

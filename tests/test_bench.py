@@ -1,8 +1,10 @@
 """The benchmark: it times train.py's own step, and compares what it says it compares."""
 
+import dataclasses
 import json
 
 import pytest
+import torch
 
 import bench
 import train
@@ -15,17 +17,22 @@ SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch
 
 def test_a_table_and_json_of_contenders(tmp_path, capsys):
     bench.main([*SMALL, f"--json={tmp_path / 'a' / 'b.json'}", f"--profile={tmp_path / 't.json'}",
-                "--compare=optimizer=adamw; optimizer=sophiag; optimizer=sophiag,hessian_chunks=2"])
+                "--compare=optimizer=adamw; optimizer=sophiag; "
+                "optimizer=sophiag,hessian_chunks=2; plain"])
     report = json.loads((tmp_path / "a" / "b.json").read_text())
     assert list(report["rows"]) == ["optimizer=adamw", "optimizer=sophiag",
-                                    "optimizer=sophiag,hessian_chunks=2"]
-    adamw, sophia, _ = report["rows"].values()
+                                    "optimizer=sophiag,hessian_chunks=2", "plain"]
+    adamw, sophia, _, plain = report["rows"].values()
+    assert plain["hessian_ms"] == 0 and plain["step_ms"] > 0
     assert adamw["ratio"] == 1 and adamw["hessian_ms"] == 0 < sophia["hessian_ms"]
     assert sophia["least"] <= sophia["ratio"] <= sophia["most"]
     assert report["cycle"] == 3 and report["tokens_per_step"] == 64
     for row in report["rows"].values():
         assert row["tokens_per_second"] > 0 and row["peak_bytes"] > 1e7
         assert 0 <= row["data_wait"] < 1
+        assert row["optimizer_ms"] > 0 and 0.1 < row["optimizer_ratio"] < 100
+        assert 0 <= row["compile_s"] <= row["first_step_s"]
+    assert report["attention"] in ("math", "flash")
     assert "traceEvents" in json.loads((tmp_path / "t.json").read_text())
     out = capsys.readouterr().out
     assert "| optimizer=sophiag | " in out and "Self CPU" in out
@@ -41,6 +48,42 @@ def test_it_times_the_steps_of_train(monkeypatch):
         assert [step for name, step in seen if name == optimizer] == list(range(12))
     # alternated: a cycle of the one, a cycle of the other
     assert [name for name, step in seen if step >= 3] == (["lion"] * 3 + ["sophiag"] * 3) * 3
+
+
+def test_a_slower_step_than_the_stored_one_is_reported(tmp_path, capsys):
+    stored = tmp_path / "stored.json"
+    bench.main([*SMALL, f"--json={stored}", "--compare=optimizer=adamw; optimizer=sophiag"])
+    report = json.loads(stored.read_text())
+    bench.main([f"--against={stored}", "--tolerance=50"])
+    assert "SLOWER" not in capsys.readouterr().out
+    report["rows"]["optimizer=sophiag"]["ratio"] /= 100
+    stored.write_text(json.dumps(report))
+    with pytest.raises(SystemExit) as ended:
+        bench.main([f"--against={stored}"])
+    assert ended.value.code == 1
+    lines = [x for x in capsys.readouterr().out.splitlines() if "SLOWER" in x]
+    assert len(lines) == 1 and "optimizer=sophiag: " in lines[0]
+
+
+def test_the_plain_loop_learns_as_trains_own_does():
+    """The same model, optimizer and schedule on the same one batch: nothing is left out."""
+    losses = []
+    for plain in (False, True):
+        settings, sources = load(bench.BenchSettings, [
+            *SMALL, "--learning_rate=1e-2", "--warmup_iters=0", "--total_batch_size=2"], "")
+        ranks = train.start_ranks("cpu")
+        config = bench._contender(settings, sources, "plain")
+        data = bench._random_data(config)
+        data = dataclasses.replace(data, train=data.train[:17])  # one window
+        run = train.build_run(train.settled(config, ranks, data), ranks, data)
+        step = bench._plain_loop(run, data.train) if plain else \
+            (lambda number, run=run: train.train_step(run, number))
+        for number in range(30):
+            step(number)
+        idx = torch.as_tensor(data.train[:16].astype("int64")).unsqueeze(0)
+        targets = torch.as_tensor(data.train[1:17].astype("int64")).unsqueeze(0)
+        losses.append(run.model(idx, targets).item())
+    assert losses[0] < 1 and losses[1] == pytest.approx(losses[0], abs=0.1)
 
 
 def test_each_contender_has_its_own_defaults_and_flags_win():
@@ -62,7 +105,8 @@ def test_each_contender_has_its_own_defaults_and_flags_win():
     (["--compare= ; "], "names no contender"), (["--compare=optimizer=adan"], "is none of"),
     (["--compare=optimiser=adamw"], "did you mean optimizer?"),
     (["--real_data", "--dataset=nowhere"], "train.bin not found"),
-    (["--repeats=1"], "must be at least 3")])
+    (["--repeats=1"], "must be at least 3"),
+    (["--against=nothing.json"], "is no file of bench.py --json")])
 def test_mistakes_are_refused_in_words(refused, flags, words):
     assert words in refused(bench.main, [*SMALL, *flags])
 

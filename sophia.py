@@ -574,8 +574,7 @@ def sample_labels(logits: Tensor, uniforms: Tensor, num_classes: int | None = No
 
     In float32 (float64 for float64 logits); the rest is `draw_labels`'.
     """
-    logits = logits.detach()[:, :num_classes]
-    return draw_labels(F.softmax(logits, dim=-1, dtype=_wide_dtype(logits)), uniforms)
+    return draw_labels(F.softmax(logits, dim=-1, dtype=_wide_dtype(logits)), uniforms, num_classes)
 
 
 @torch.no_grad()

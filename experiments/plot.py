@@ -92,9 +92,8 @@ def positions(run: Path, records: list[dict], x: str) -> list[float]:
     return found
 
 
-def picture(runs: list[Path], labels: list[str], panels: list[str], *, x: str = "step",
-            top: float = 0.0, title: str = ""):
-    """A matplotlib figure with the panels below each other; raises ConfigError without data."""
+def pyplot():
+    """matplotlib.pyplot, drawing to files that repeat; raises ConfigError where it is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -103,6 +102,13 @@ def picture(runs: list[Path], labels: list[str], panels: list[str], *, x: str = 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "nanosophia"
     import matplotlib.pyplot as plt
+    return plt
+
+
+def picture(runs: list[Path], labels: list[str], panels: list[str], *, x: str = "step",
+            top: float = 0.0, title: str = ""):
+    """A matplotlib figure with the panels below each other; raises ConfigError without data."""
+    plt = pyplot()
     height = 3.6 if len(panels) == 1 else 0.6 + 2.1 * len(panels)
     figure, rows = plt.subplots(len(panels), figsize=(6.4, height), layout="constrained",
                                 sharex=True, squeeze=False)

@@ -1,0 +1,224 @@
+"""The paper's T against T/2 protocol (its section 3.2) for any two settings.
+
+    python -m experiments.compare --baseline=config/train_gpt2_small_adamw.py \
+        --candidate=config/train_gpt2_small_sophiag.py --max_iters=100000,200000 --seeds=1
+    python -m experiments.compare --baseline="config/quickstart_adamw.py" --rates=0.5,1,2 \
+        --candidate="config/quickstart.py,gamma_target=0.95" --max_iters=600 --ratios=0.5,0.7,1
+
+"S is twice as fast as A" means: S, scheduled for T/2 steps, ends at or below the loss that A,
+scheduled for T steps at its best learning rate, ends at. So for each T the baseline runs at every
+rate of its ladder with the first seed, then with the other seeds at the best; the candidate runs
+for each of `ratios` times T with every seed. Runs that have finished are not run again. A contender
+is a config file and settings after commas. Losses in the middle of a schedule decide nothing; they
+are drawn, and the table tells when a run first met the baseline's final loss.
+Written to --out_dir: comparison.md, comparison.json, comparison.svg.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from configurator import ConfigError, exit_with, knob, load
+from experiments.plot import COLOURS, pyplot
+from experiments.runs import Cell, RunSettings, by_name, mean, scaled
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(RunSettings):
+    """The settings of this command."""
+
+    baseline: str = knob("", "config file, then settings after commas", section="comparison")
+    candidate: str = knob("", "config file, then settings after commas")
+    max_iters: str = knob("", "the baseline's lengths T, comma-separated; empty = its config's")
+    ratios: str = knob("0.5", "the candidate's lengths over T, comma-separated")
+    rates: str = knob("1", "the baseline's ladder: multiples of its learning rate, comma-separated")
+    seeds: int = knob(1, "runs of each setting, with seeds 0, 1, ...", low=1)
+
+    def check(self) -> None:
+        for key in ("baseline", "candidate"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is not given; give a config file, e.g. --{key}="
+                                  "config/quickstart.py", key)
+        for key in ("ratios", "rates"):
+            numbers(self, key)
+        numbers(self, "max_iters", empty=True)
+
+    def lengths(self) -> list[int]:
+        """The baseline's Ts."""
+        return [int(x) for x in numbers(self, "max_iters", empty=True)] or \
+            [Cell("", flags(self.baseline)).config().max_iters]
+
+
+def numbers(settings, key: str, *, empty: bool = False) -> list[float]:
+    """The positive numbers of a comma-separated setting; raises ConfigError."""
+    text = getattr(settings, key)
+    try:
+        found = [float(x) for x in text.split(",") if x.strip()]
+    except ValueError:
+        found = [-1.0]
+    if not (found or empty) or not all(x > 0 for x in found):
+        raise ConfigError(f"{key} = {text!r} is not a list of positive numbers; write it like "
+                          f"--{key}=1,2", key)
+    return found
+
+
+def flags(contender: str) -> tuple[str, ...]:
+    """train.py's arguments of a contender."""
+    parts = [part.strip() for part in contender.split(",") if part.strip()]
+    return tuple(part if part.endswith(".py") else f"--{part}" for part in parts)
+
+
+def one(name: str, contender: str, steps: int, seed: int, **settings) -> Cell:
+    """The cell of a contender at a length, evaluated at least ten times."""
+    config = Cell("", flags(contender)).config()
+    every = min(config.eval_interval, max(1, steps // 10))
+    return Cell(f"{name}_s{seed}", scaled(flags(contender), steps, seed=seed, eval_interval=every,
+                                          **settings))
+
+
+def carry_out_all(settings: CompareSettings) -> dict:
+    """Runs what is missing; {T: {"ladder": {rate: Result}, "baseline": [Result],
+    ratio: [Result]}}."""
+    base = Cell("", flags(settings.baseline)).config().learning_rate
+    rates = [base * x for x in numbers(settings, "rates")]
+    lengths, ratios = settings.lengths(), numbers(settings, "ratios")
+
+    def baseline(T: int, rate: float, seed: int) -> Cell:
+        return one(f"baseline_T{T}_lr{rate:.3g}", settings.baseline, T, seed, learning_rate=rate)
+
+    def candidate(T: int, ratio: float, seed: int) -> Cell:
+        return one(f"candidate_{ratio:g}T{T}", settings.candidate, round(ratio * T), seed)
+
+    seeds = range(settings.seeds)
+    ladder = by_name(settings.carry_out(
+        [baseline(T, rate, 0) for T in lengths for rate in rates]))
+    best = {T: min(rates, key=lambda rate, T=T: ladder[baseline(T, rate, 0).name].loss)
+            for T in lengths}
+    rest = by_name(settings.carry_out(
+        [baseline(T, best[T], s) for T in lengths for s in seeds]
+        + [candidate(T, ratio, s) for T in lengths for ratio in ratios for s in seeds]))
+    return {T: {"ladder": {rate: ladder[baseline(T, rate, 0).name] for rate in rates},
+                "baseline": [rest[baseline(T, best[T], s).name] for s in seeds],
+                **{ratio: [rest[candidate(T, ratio, s).name] for s in seeds] for ratio in ratios}}
+            for T in lengths}
+
+
+def verdicts(found: dict) -> list[str]:
+    """One sentence per T and ratio."""
+    words = []
+    for T, group in found.items():
+        target = mean([r.loss for r in group["baseline"]])
+        edge = list(group["ladder"])
+        if len(edge) > 1 and group["baseline"][0].config.learning_rate in (min(edge), max(edge)):
+            words.append(f"T = {T:,}: the baseline's best learning rate, "
+                         f"{group['baseline'][0].config.learning_rate:g}, is at the end of its "
+                         "ladder, so it may not be tuned: widen --rates")
+        for ratio, results in group.items():
+            if ratio in ("ladder", "baseline"):
+                continue
+            losses = [r.loss for r in results]
+            gap, every = mean(losses) - target, [r.loss for r in (*results, *group["baseline"])]
+            spread = max(max(x) - min(x) for x in
+                         (losses, [r.loss for r in group["baseline"]])) if len(every) > 2 else None
+            verb = "reaches" if gap <= 0 else "does not reach"
+            noise = f", seeds differ by up to {spread:.4f}" if spread is not None else \
+                ", one seed each"
+            words.append(f"T = {T:,}: the candidate in {ratio:g} T = {round(ratio * T):,} steps "
+                         f"{verb} the baseline: {mean(losses):.4f} against {target:.4f} "
+                         f"({gap:+.4f}{noise})")
+    return words
+
+
+def rows(found: dict) -> list[dict]:
+    """What the table and the JSON file hold: one entry per setting."""
+    table = []
+    for T, group in found.items():
+        target = mean([r.loss for r in group["baseline"]])
+        best = group["baseline"][0].config.learning_rate
+        settings = [(f"baseline, T = {T:,}", group["baseline"])]
+        settings += [(f"baseline, T = {T:,}, ladder", [r]) for rate, r in group["ladder"].items()
+                     if rate != best]
+        settings += [(f"candidate, {ratio:g} x {T:,}", results) for ratio, results in group.items()
+                     if ratio not in ("ladder", "baseline")]
+        for name, results in settings:
+            first = results[0]
+            table.append(dict(
+                name=name, learning_rate=first.config.learning_rate, steps=first.config.max_iters,
+                tokens=first.tokens, flops=first.flops, seconds=mean([r.seconds for r in results]),
+                losses=[r.loss for r in results], mean=mean([r.loss for r in results]),
+                met=[r.steps_to(target) for r in results]))
+    return table
+
+
+def markdown(settings: CompareSettings, found: dict) -> str:
+    """The report."""
+    lines = [f"Baseline {settings.baseline}, candidate {settings.candidate}"
+             + (f", flags {settings.flags}" if settings.flags else "") + ".", "",
+             *[f"- {words}" for words in verdicts(found)], "",
+             "| | learning rate | steps | tokens | FLOPs | seconds | final val. loss by seed | "
+             "mean | met the baseline's final loss at step |", "|---" * 9 + "|"]
+    for r in rows(found):
+        met = ", ".join("-" if m is None else f"{m:,}" for m in r["met"])
+        lines.append(f"| {r['name']} | {r['learning_rate']:g} | {r['steps']:,} | {r['tokens']:,} | "
+                     f"{r['flops']:.3g} | {r['seconds']:.0f} | "
+                     f"{', '.join(f'{x:.4f}' for x in r['losses'])} | {r['mean']:.4f} | {met} |")
+    return "\n".join([*lines, "", "![losses](comparison.svg)", ""])
+
+
+def draw(found: dict, file: Path) -> None:
+    """The losses of the longest T on the left, final losses against steps on the right."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained",
+                                         sharey=True)
+    T, group = max(found.items())
+    kinds = [kind for kind in group if kind != "ladder"]
+    for i, kind in enumerate(kinds):
+        name = "baseline" if kind == "baseline" else f"candidate, {kind:g} T"
+        for n, result in enumerate(group[kind]):
+            points = [(r["step"] + 1, r["val/loss"]) for r in result.records if "val/loss" in r]
+            if points:
+                left.plot(*zip(*points, strict=True), color=COLOURS[i], linewidth=1.4, marker="o",
+                          markersize=3, label=name if n == 0 else None)
+        means = [(g[kind][0].config.max_iters, mean([r.loss for r in g[kind]]))
+                 for _, g in sorted(found.items())]
+        right.plot(*zip(*means, strict=True), color=COLOURS[i], marker="o", linewidth=1.4)
+        for g in found.values():
+            right.plot([r.config.max_iters for r in g[kind]], [r.loss for r in g[kind]], ".",
+                       color=COLOURS[i], alpha=0.5)
+    target = mean([r.loss for r in group["baseline"]])
+    for axes, words in ((left, f"validation loss, T = {T:,}"), (right, "final losses")):
+        axes.axhline(target, color="#777777", linewidth=0.8, linestyle=":")
+        axes.set_title(words, loc="left", fontsize="medium")
+        axes.set_xlabel("training steps")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.set_ylabel("loss, nats per token")
+    top = max(r.records[len(r.records) // 8].get("train/loss", target) for k in kinds
+              for r in group[k] if r.records)
+    left.set_ylim(top=top)
+    left.legend(frameon=False)
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    """The command; exits with 2 and one line after a user's mistake."""
+    try:
+        settings, _ = load(CompareSettings, argv, "python -m experiments.compare --baseline=CONFIG "
+                                                  "--candidate=CONFIG [--key=value]")
+        pyplot()  # better missed now than after the runs
+        found = carry_out_all(settings)
+        text, out = markdown(settings, found), Path(settings.out_dir)
+        (out / "comparison.md").write_text(text)
+        (out / "comparison.json").write_text(json.dumps(rows(found), indent=1) + "\n")
+        draw(found, out / "comparison.svg")
+        print(text)
+    except (ConfigError, RuntimeError) as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

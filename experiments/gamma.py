@@ -1,0 +1,167 @@
+"""Finds Sophia's gamma and the peak learning rate of any optimizer by short runs.
+
+    python -m experiments.gamma --config=config/train_gpt2_30m_sophiag.py --steps=500
+    python -m experiments.gamma --config="config/quickstart_adamw.py" --find=rate --steps=200
+
+Gamma (the paper's rule): between 10 and 50 % of the coordinates shall be unclipped. It is moved by
+factors of ten until the share, averaged over the second half of a short run, has passed the middle
+of that range, then halved in the logarithm. The rate: it climbs by `factor` until a run blows up,
+which is when it diverges, or when a training loss after the warm-up is more than 1.25 times the
+lowest one before it. Both print the lines to paste into a config. The schedule of a short run is
+the config's, compressed. Results of runs are kept in --out_dir and used again.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from configurator import ConfigError, exit_with, knob, load
+from experiments.compare import flags
+from experiments.runs import Cell, Result, RunSettings, scaled
+
+RANGE = (0.1, 0.5)  # of unclipped coordinates, the paper's section 3.1
+BLOW_UP = 1.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class GammaSettings(RunSettings):
+    """The settings of this command."""
+
+    config: str = knob("", "config file, then settings after commas", section="search")
+    find: Literal["gamma", "rate", "both"] = knob("both", "what is looked for; both: gamma first")
+    steps: int = knob(500, "of a short run", low=20)
+    factor: float = knob(2.0, "between rates", above=1)
+    most: int = knob(12, "runs of each search at most", low=2)
+
+    def check(self) -> None:
+        if not self.config:
+            raise ConfigError("config is not given; give a file, e.g. "
+                              "--config=config/quickstart.py", "config")
+
+
+class Ladder(NamedTuple):
+    """What a climb found: rates, and the loss at the best one."""
+
+    largest: float  # of those that did not blow up
+    best: float  # the one with the lowest final loss
+    best_loss: float
+    blown: float | None  # the first that blew up; None: none did
+
+
+def blew_up(result: Result) -> bool:
+    """Whether the run diverged, or a loss after the warm-up was BLOW_UP times an earlier one."""
+    if result.diverged:
+        return True
+    lowest = math.inf
+    for record in result.records:
+        loss = record.get("train/loss", math.inf)
+        if record["step"] >= result.config.warmup_iters and loss > BLOW_UP * lowest:
+            return True
+        lowest = min(lowest, loss)
+    return False
+
+
+def climb(settings: RunSettings, make: Callable[[float], Cell], start: float, *,
+          factor: float = 2.0, most: int = 12) -> Ladder:
+    """Runs at start, start * factor, ... until one blows up; downwards if the first one does.
+
+    Raises ConfigError when all of `most` rates blow up.
+    """
+    losses, rate, blown = {}, start, None
+    for _ in range(most):
+        result = settings.carry_out([make(rate)])[0]
+        if blew_up(result):
+            blown = rate
+            if losses:
+                break
+            rate /= factor
+        else:
+            losses[rate] = result.loss
+            if blown:  # came from above
+                break
+            rate *= factor
+    if not losses:
+        raise ConfigError(f"all of {most} learning rates from {start:g} downwards blew up; the "
+                          "cause is another setting")
+    best = min(losses, key=losses.get)
+    return Ladder(max(losses), best, losses[best], blown)
+
+
+def find_gamma(settings: GammaSettings, make: Callable[[float], Cell], start: float,
+               say=print) -> float:
+    """A gamma whose unclipped share is in RANGE; raises ConfigError when there is none."""
+    target = math.sqrt(RANGE[0] * RANGE[1])
+    low = high = None  # gammas with too small and too large a share
+    gamma = start
+    for _ in range(settings.most):
+        result = settings.carry_out([make(gamma)])[0]
+        share = 0.0 if result.diverged else result.mean("unclipped_fraction", 0.5)
+        if math.isnan(share):
+            raise ConfigError(f"{settings.config} records no unclipped fraction: its optimizer "
+                              "has no gamma; use --find=rate", "config")
+        say(f"gamma {gamma:.4g}: {share:.1%} unclipped, loss {result.loss:.4f}")
+        close = 0.6 * target <= share <= 1.6 * target
+        if close:
+            return gamma
+        if share < target:
+            low = gamma
+        else:
+            high = gamma
+        if low is None or high is None:
+            gamma *= 10 if share < target else 0.1
+        else:
+            gamma = math.sqrt(low * high)
+    raise ConfigError(f"no gamma near {gamma:.3g} gave {RANGE[0]:.0%} to {RANGE[1]:.0%} unclipped "
+                      f"coordinates in {settings.most} runs; raise --most or --steps", "most")
+
+
+def search(settings: GammaSettings) -> dict[str, float]:
+    """The settings found, by their keys."""
+    given = flags(settings.config)
+    config = Cell("", given).config()
+    every = max(1, settings.steps // 50)
+    common = dict(log_interval=every, eval_interval=settings.steps)
+    found: dict[str, float] = {}
+    if settings.find in ("gamma", "both"):
+        if config.gamma_target:
+            raise ConfigError(f"{settings.config} controls gamma itself (gamma_target = "
+                              f"{config.gamma_target}); use --find=rate, or gamma_target=0",
+                              "config")
+
+        def with_gamma(gamma: float) -> Cell:
+            return Cell(f"gamma_{gamma:.4g}",
+                        scaled(given, settings.steps, gamma=f"{gamma:.6g}", **common))
+
+        found["gamma"] = float(f"{find_gamma(settings, with_gamma, config.gamma):.3g}")
+    if settings.find in ("rate", "both"):
+        fixed = common | {key: f"{value:.6g}" for key, value in found.items()}
+
+        def with_rate(rate: float) -> Cell:
+            text = "_".join(["rate", f"{rate:.4g}", *(f"{k}{v}" for k, v in found.items())])
+            return Cell(text, scaled(given, settings.steps, learning_rate=f"{rate:.6g}", **fixed))
+
+        ladder = climb(settings, with_rate, config.learning_rate, factor=settings.factor,
+                       most=settings.most)
+        found["learning_rate"] = float(f"{ladder.best:.3g}")
+        blown = f"blew up at {ladder.blown:.3g}" if ladder.blown else "none blew up"
+        print(f"learning rates: largest stable {ladder.largest:.3g}, {blown}, lowest loss "
+              f"{ladder.best_loss:.4f} at {ladder.best:.3g}")
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """The command; exits with 2 and one line after a user's mistake."""
+    try:
+        settings, _ = load(GammaSettings, argv, "python -m experiments.gamma --config=CONFIG")
+        for key, value in search(settings).items():
+            print(f"{key} = {value:g}")
+    except (ConfigError, RuntimeError) as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -74,16 +74,17 @@ def start_ranks(device: str) -> Ranks:
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc's malloc keep what is freed, as torch's allocator on CUDA does.
+    """Makes glibc's malloc keep up to 512 MiB of freed tensors, of up to 32 MiB each.
 
-    It otherwise gives large tensors back at once, and page faults for the next ones cost up to as
-    much as the arithmetic on them.
+    It otherwise returns them to the system, and page faults for the next ones cost up to as much
+    as the arithmetic on them. Larger tensors still go back at once: kept, they leave holes, and
+    memory grows from one evaluation to the next.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:  # Linux
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 512 << 20)
 
 
 def _find_device(name: str, local_rank: int) -> torch.device:

@@ -75,8 +75,8 @@ MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
 RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer")
 
 
-# Of one chunk where nothing is compiled: 52 MB, as fast as all at once (results/speed_cpu.md).
-LOSS_CHUNK_LOGITS = 13_000_000
+# Of one chunk where nothing is compiled: 24 MB, which malloc keeps (distributed.start_ranks).
+LOSS_CHUNK_LOGITS = 6_000_000
 
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation_checkpointing",

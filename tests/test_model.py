@@ -116,10 +116,11 @@ def test_the_loss_holds_the_logits_and_one_more_buffer_of_their_size(chunk, most
     assert 0 < held.most / whole <= most
 
 
-def test_the_chunked_loss_compiles_into_one_graph():
+@pytest.mark.parametrize("chunk", [0, 20])
+def test_model_loss_and_the_drawing_of_labels_compile_into_one_graph(chunk):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL))
-    model.loss_chunk = 20
+    model.loss_chunk = chunk
     idx, targets = torch.randint(70, (2, 2, 24))
     uniforms = torch.rand(2, 24)
     compiled = torch.compile(model, fullgraph=True)

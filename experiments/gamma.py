@@ -6,9 +6,10 @@
 Gamma (the paper's rule): between 10 and 50 % of the coordinates shall be unclipped. It is moved by
 factors of ten until the share, averaged over the second half of a short run, has passed the middle
 of that range, then halved in the logarithm. The rate: it climbs by `factor` until a run blows up,
-which is when it diverges, or when a training loss after the warm-up is more than 1.25 times the
-lowest one before it. Both print the lines to paste into a config. The schedule of a short run is
-the config's, compressed. Results of runs are kept in --out_dir and used again.
+which is when it diverges, or when its training loss, averaged over five records, is after the
+warm-up more than 1.25 times what it had been before. Both print the lines to paste into a config.
+The schedule of a short run is the config's, compressed. Results of runs are kept in --out_dir and
+used again.
 """
 
 import math
@@ -19,10 +20,10 @@ from typing import Literal, NamedTuple
 
 from configurator import ConfigError, exit_with, knob, load
 from experiments.compare import flags
-from experiments.runs import Cell, Result, RunSettings, scaled
+from experiments.runs import Cell, Result, RunSettings, mean, scaled
 
 RANGE = (0.1, 0.5)  # of unclipped coordinates, the paper's section 3.1
-BLOW_UP = 1.25
+BLOW_UP, AVERAGED = 1.25, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +52,19 @@ class Ladder(NamedTuple):
 
 
 def blew_up(result: Result) -> bool:
-    """Whether the run diverged, or a loss after the warm-up was BLOW_UP times an earlier one."""
+    """Whether the run diverged, or its loss rose to BLOW_UP times what it had been.
+
+    Losses are averaged over AVERAGED records, so that one batch that is easy or hard decides
+    nothing.
+    """
     if result.diverged:
         return True
+    records = [r for r in result.records if "train/loss" in r]
     lowest = math.inf
-    for record in result.records:
-        loss = record.get("train/loss", math.inf)
-        if record["step"] >= result.config.warmup_iters and loss > BLOW_UP * lowest:
+    for last in range(AVERAGED, len(records) + 1):
+        part = records[last - AVERAGED:last]
+        loss = mean([r["train/loss"] for r in part])
+        if part[0]["step"] >= result.config.warmup_iters and loss > BLOW_UP * lowest:
             return True
         lowest = min(lowest, loss)
     return False

@@ -8,12 +8,16 @@
 Every run that was made is in the lists below; the tables of results/study.md are this command's.
 """
 
+import math
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from pathlib import Path
 
 from configurator import ConfigError, exit_with, knob, load
-from experiments.runs import Cell, RunSettings
+from experiments.plot import COLOURS, STYLES, pyplot
+from experiments.runs import Cell, Result, RunSettings, mean
 
 MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=96", "--block_size=128",
          "--eval_interval=100", "--eval_windows=1000", "--checkpoint_interval=1000",
@@ -62,9 +66,12 @@ def bpe(folder: str) -> list[Cell]:
         run("adamw", ADAMW, 8e-3, warmup=0.15),
         run("ours", OURS, 1.2e-2),
         run("adamw", ADAMW, 4e-3, warmup=0.15),
-        run("ours", OURS, 6e-3),
-        run("muon", MUON, 1.2e-2, warmup=0.1),
+        run("ours", OURS, 1.2e-2, seed=1),
+        run("adamw", ADAMW, 8e-3, warmup=0.15, seed=1),
         run("ours", OURS, 1.2e-2, share=0.7),
+        run("muon", MUON, 1.2e-2, warmup=0.1),
+        run("adamw", ADAMW, 1.6e-2, warmup=0.15),
+        run("ours", OURS, 1.2e-2, share=0.7, seed=1),
         run("sophiag", (*PAPER_G, "--gamma=0.8"), 4e-3),
         run("lion", LION, 1e-3, warmup=0.15),
         run("sophiah", (*PAPER_H, "--gamma=0.16", "--hessian_batch_size=2"), 4e-3),
@@ -76,30 +83,110 @@ def bytes_(folder: str) -> list[Cell]:
     def run(method, flags, lr, **more):
         return cell("bytes", folder, method, flags, lr, **more)
 
+    slow = ("--optimizer=adamw", "--beta1=0.9", "--beta2=0.99")
+    tensors = ("--optimizer=sophiag", "--beta1=0.8", "--gamma_target=0.9")
+    fisher = ("--optimizer=ef_clip", *OURS[1:])
     return [
         run("adamw", ADAMW, 8e-3, warmup=0.15),
         run("ours", OURS, 1.2e-2),
         run("adamw", ADAMW, 4e-3, warmup=0.15),
+        run("adamw", ADAMW, 1.6e-2, warmup=0.15),
+        run("adamw-beta2-.99", slow, 8e-3, warmup=0.15),
         run("ours", OURS, 2e-2),
         run("muon", MUON, 1.2e-2, warmup=0.1),
-        run("muon", MUON, 2e-2, warmup=0.1),
+        run("muon", MUON, 2.4e-2, warmup=0.1),
         run("lion", LION, 1e-3, warmup=0.15),
         run("lion", LION, 2e-3, warmup=0.15),
-        run("ours", OURS, 1.2e-2, share=0.7),
         run("sophiag", (*PAPER_G, "--gamma=0.5"), 4e-3),
         run("sophiah", (*PAPER_H, "--gamma=0.1", "--hessian_batch_size=2"), 4e-3),
+        run("ours", OURS, 1.2e-2, share=0.7),
+        run("ours", OURS, 1.2e-2, share=0.5),
+        run("ours", OURS, 1.2e-2, seed=1),
+        run("adamw", ADAMW, 8e-3, warmup=0.15, seed=1),
+        run("ours", OURS, 1.2e-2, share=0.7, seed=1),
+        run("tensors", tensors, 1.2e-2),
+        run("fisher", fisher, 1.2e-2),
+        run("ours-2-rows", (*OURS, "--hessian_batch_size=2"), 1.2e-2),
+        run("adamw", ADAMW, 8e-3, warmup=0.15, rows=4),
+        run("ours", OURS, 1.2e-2, rows=4),
     ]
+
+
+def grouped(results: list[Result]) -> dict[str, list[Result]]:
+    """Results by setting: the seeds of each, in the order of the first."""
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result.name.rpartition("_s")[0]].append(result)
+    return groups
+
+
+def table(results: list[Result]) -> str:
+    """One line per setting, the lowest mean loss first."""
+    lines = ["| method | learning rate | tokens per step | steps | loss by seed | mean | "
+             "unclipped |", "|---" * 7 + "|"]
+    for name, found in sorted(grouped(results).items(),
+                              key=lambda item: mean([r.loss for r in item[1]])):
+        config = found[0].config
+        unclipped = found[0].mean("unclipped_fraction", 0.5)
+        lines.append(
+            f"| {name.split('_')[1]} | {config.learning_rate:g} | {config.tokens_per_step:,} | "
+            f"{config.max_iters:,} | {', '.join(f'{r.loss:.4f}' for r in found)} | "
+            f"{mean([r.loss for r in found]):.4f} | "
+            f"{'' if math.isnan(unclipped) else f'{unclipped:.0%}'} |")
+    return "\n".join(lines)
+
+
+def draw(corpora: dict[str, list[Result]], file: Path) -> None:
+    """Validation losses of each method's best full-length setting, a panel per corpus."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, len(corpora), figsize=(5.2 * len(corpora), 3.8),
+                                  layout="constrained", squeeze=False)
+    for axes, (corpus, results) in zip(panels[0], corpora.items(), strict=True):
+        batch, steps = CORPORA[corpus]
+        best: dict[str, Result] = {}
+        for r in results:
+            method = r.name.split("_")[1]
+            whole = r.config.max_iters == steps and r.config.total_batch_size == batch
+            if whole and method in PLOTTED and r.loss < getattr(best.get(method), "loss", math.inf):
+                best[method] = r
+        for i, method in enumerate(PLOTTED):
+            if method in best:
+                points = [(r["step"] + 1, r["val/loss"]) for r in best[method].records
+                          if "val/loss" in r]
+                axes.plot(*zip(*points, strict=True), color=COLOURS[i], linewidth=1.5, marker="o",
+                          linestyle=STYLES[i % len(STYLES)], markersize=3, label=PLOTTED[method])
+        axes.set_title(f"{corpus}: {batch * 128:,} tokens per step", loc="left", fontsize="medium")
+        axes.set_xlabel("training steps")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("validation loss, nats per token")
+    panels[0, 0].legend(frameon=False)
+    figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+PLOTTED = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "Sophia-G, fixed gamma",
+           "sophiah": "Sophia-H, fixed gamma", "ours": "Sophia-G, controlled gamma"}
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     try:
         settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
+        pyplot()  # better missed now than after the runs
         pairs = [(bpe, settings.bpe), (bytes_, settings.bytes)]
         lists = [make(folder) for make, folder in pairs if folder != "-"]
-        settings.carry_out(filter(None, chain.from_iterable(zip_longest(*lists))))
-    except ConfigError as error:
+        results = settings.carry_out(list(filter(None, chain.from_iterable(zip_longest(*lists)))))
+        corpora = {corpus: [r for r in results if r.name.startswith(f"{corpus}_")]
+                   for corpus, (_, folder) in zip(CORPORA, pairs, strict=True) if folder != "-"}
+        text = "\n\n".join(f"{corpus}\n\n{table(found)}" for corpus, found in corpora.items())
+        (Path(settings.out_dir) / "study.md").write_text(text + "\n")
+        draw(corpora, Path(settings.out_dir) / "study.svg")
+        print(text)
+    except (ConfigError, RuntimeError) as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -166,10 +166,12 @@ def recorded(tmp_path, losses, warmup=0, unclipped=0.3):
     return result
 
 
-def test_a_loss_a_quarter_above_the_lowest_is_a_blow_up_after_the_warm_up(tmp_path):
-    assert not gamma.blew_up(recorded(tmp_path, [4, 3, 3.7]))
-    assert gamma.blew_up(recorded(tmp_path, [4, 3, 3.8, 3]))
-    assert not gamma.blew_up(recorded(tmp_path, [3, 5, 3.2], warmup=2))
+def test_a_loss_a_quarter_above_what_it_had_been_is_a_blow_up_after_the_warm_up(tmp_path):
+    assert not gamma.blew_up(recorded(tmp_path, [4] * 5 + [3] * 5 + [3.7] * 5))
+    assert gamma.blew_up(recorded(tmp_path, [4] * 5 + [3] * 5 + [3.8] * 5 + [3] * 5))
+    assert not gamma.blew_up(recorded(tmp_path, [3] * 5 + [5] * 5 + [3.2] * 10, warmup=10))
+    one_easy_batch = [3] * 8 + [1.5] + [3] * 8
+    assert not gamma.blew_up(recorded(tmp_path, one_easy_batch))
 
 
 def test_the_finder_brackets_gamma_and_halves(tmp_path, monkeypatch):
@@ -199,7 +201,7 @@ def test_the_ladder_climbs_until_a_run_blows_up(tmp_path, monkeypatch, limit, st
                                                 blown):
     def carry_out(self, cells):
         rate = cells[0].config().learning_rate
-        return [recorded(tmp_path, [4, 2, 9, 9] if rate > limit else [4, 2 + (rate - 0.02) ** 2])]
+        return [recorded(tmp_path, [2] * 5 + [9 if rate > limit else 2 + (rate - 0.02) ** 2] * 5)]
 
     monkeypatch.setattr(runs.RunSettings, "carry_out", carry_out)
     found = gamma.climb(runs.RunSettings(), lambda rate: Cell("x", (f"--learning_rate={rate}",)),

@@ -69,12 +69,19 @@ def main(argv: list[str]) -> None:
         if settings.against:
             stored = _stored(settings.against)
             settings, sources = load(BenchSettings, [*stored["command"], *argv], "bench.py")
+            names = [part.strip() for part in settings.compare.split(";") if part.strip()]
+            if settings.what != "training" or names != list(stored["rows"]):
+                raise ConfigError(f"--against={settings.against} compares "
+                                  f"{'; '.join(stored['rows'])}; leave --compare and --what out",
+                                  "compare", "what")
         if settings.what == "optimizers":
             report = bench_optimizers(settings)
             print(table(report))
         else:
             report = bench_training(settings, sources)
-            report["command"] = [a for a in argv if not a.startswith("--json=")]
+            given = [*stored["command"], *argv] if stored else argv
+            report["command"] = [a for a in given if not a.startswith(
+                ("--json=", "--against=", "--tolerance="))]
             print(training_table(report))
         if settings.json:
             Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +210,8 @@ def _stored(path: str) -> dict:
         report["command"], report["rows"]  # what is needed of it
         return report
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--against={path} is no file of bench.py --json: {error}") from None
+        raise ConfigError(f"--against={path} is no file that bench.py --what=training --json "
+                          f"wrote: {error}") from None
 
 
 def print_growth(stored: dict, report: dict, tolerance: float) -> bool:

@@ -148,7 +148,7 @@ class Config(Settings):
         False, "recompute each block in the backward pass: less memory, about a third more compute")
     loss_chunk: int = knob(
         0, "positions whose logits exist at a time in the loss: fewer take less memory; 0 = all of "
-           "them in one compiled graph, or 24 MB of them where nothing is compiled",
+           "them, or on a CPU without compile 24 MB of them",
         unit="tokens", low=0)
     compile: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile the model; auto = on CUDA only")

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -137,8 +137,10 @@ def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=dtypes.pop()) \
             if low_precision else MixedPrecisionPolicy()
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-        for part in (*blocks, model):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        # Ids, and the uniform numbers that labels are drawn by, reach the model as they are.
+        fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
         return model
     model.to(ranks.device)
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None

@@ -91,7 +91,7 @@ def memory(plan: Plan, gpus: int) -> Memory:
     config, N, B = plan.config, plan.parameters, plan.block_parameters
     rows = rows_per_rank(config, gpus)
     estimate = 4 * N if plan.estimates else 0
-    activations = activation_bytes(config) * rows
+    activations = activation_bytes(config) * rows + _chunk_bytes(config)
     if config.parallel == "fsdp" and gpus > 1:
         gathered = 2 * (N - config.n_layer * B + 2 * B)  # the root's, this block's and the next's
         return Memory(4 * N // gpus + gathered, 4 * N // gpus + gathered,
@@ -105,13 +105,21 @@ def activation_bytes(config: Config) -> int:
     Per token and block, in units of n_embd: two float32 inputs of layer norms (8), their outputs
     (4), q, k, v (6) and the attention's output (2), both sides of the GELU (16), all in bfloat16
     but the first; and 4 bytes per head. Checkpointing keeps a block's float32 input and one block.
-    The head: its input twice (6), logits in bfloat16 and float32, their softmax in float32.
+    The head: its input twice (6), logits in bfloat16 and float32, their softmax in float32; with
+    `loss_chunk` these are not each sequence's.
     """
     c = config
     block = c.block_size * (36 * c.n_embd + 4 * c.n_head + 16)
     blocks = c.n_layer * 4 * c.block_size * c.n_embd + block if c.activation_checkpointing else \
         c.n_layer * block
-    return blocks + c.block_size * (6 * c.n_embd + (2 + 4 + 4) * c.vocab_size)
+    logits = 0 if c.loss_chunk else 2 + 4 + 4
+    return blocks + c.block_size * (6 * c.n_embd + logits * c.vocab_size)
+
+
+def _chunk_bytes(config: Config) -> int:
+    """Of a loss in chunks: logits, probabilities and their gradient, and the head's gradient."""
+    c = config
+    return c.loss_chunk and c.vocab_size * (c.loss_chunk * (2 + 4 + 2) + 4 * c.n_embd)
 
 
 def days(plan: Plan, gpus: int) -> float:

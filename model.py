@@ -169,8 +169,8 @@ class GPT(nn.Module):
 
     `activation_checkpointing`, off at first, recomputes each block in the backward pass instead of
     keeping what is inside it. `loss_chunk`, when not 0, has the loss computed by
-    `ChunkedCrossEntropy` on so many positions at a time; 0, the plain way, is for torch.compile,
-    which fuses it.
+    `ChunkedCrossEntropy` on so many positions at a time; 0 is the plain way, which torch.compile
+    fuses.
     """
 
     activation_checkpointing = False

@@ -75,7 +75,7 @@ MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
 RUN_KEYS = (*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer")
 
 
-# Of one chunk where nothing is compiled: 24 MB, which malloc keeps (distributed.start_ranks).
+# Of one chunk on a CPU: 24 MB, which malloc keeps (distributed.start_ranks).
 LOSS_CHUNK_LOGITS = 6_000_000
 
 # What belongs to the place of a run and is never taken from a checkpoint.
@@ -305,8 +305,9 @@ def build_run(config: Config, ranks: Ranks, data: Dataset,
     sharded = config.parallel == "fsdp" and ranks.world_size > 1
     compiles = config.compile == "on" or (config.compile == "auto"
                                           and ranks.device.type == "cuda")
-    model.loss_chunk = config.loss_chunk or (0 if compiles else
-                                             max(1, LOSS_CHUNK_LOGITS // config.vocab_size))
+    model.loss_chunk = config.loss_chunk
+    if not config.loss_chunk and not compiles and ranks.device.type == "cpu":
+        model.loss_chunk = max(1, LOSS_CHUNK_LOGITS // config.vocab_size)
     if compiles:
         for part in blocks if sharded else [model]:
             part.compile()
@@ -537,8 +538,8 @@ def _seed_dropout(config: Config, purpose: str, step: int, row: int) -> None:
 
 def _refuse_non_finite(step: int, record: dict) -> None:
     if not math.isfinite(record.get("val/loss", 0)):
-        raise TrainingError(f"step {step}: val/loss is {record['val/loss']}; continue the newest "
-                            "checkpoint with a lower learning_rate, or longer warm-up")
+        raise TrainingError(f"step {step}: val/loss is not finite ({record['val/loss']}); continue "
+                            "the newest checkpoint with a lower learning_rate, or longer warm-up")
 
 
 def _check(config: Config, sources: dict[str, str], found: Checkpoint | None) -> None:

@@ -15,6 +15,7 @@ Written to --out_dir: comparison.md, comparison.json, comparison.svg.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class CompareSettings(RunSettings):
                                   "config/quickstart.py", key)
         for key in ("ratios", "rates"):
             numbers(self, key)
-        numbers(self, "max_iters", empty=True)
+        if any(x != int(x) for x in numbers(self, "max_iters", empty=True)):
+            raise ConfigError(f"max_iters = {self.max_iters!r} are not whole numbers", "max_iters")
 
     def lengths(self) -> list[int]:
         """The baseline's Ts."""
@@ -51,13 +53,13 @@ class CompareSettings(RunSettings):
 
 
 def numbers(settings, key: str, *, empty: bool = False) -> list[float]:
-    """The positive numbers of a comma-separated setting; raises ConfigError."""
+    """The positive numbers of a comma-separated setting, each once; raises ConfigError."""
     text = getattr(settings, key)
     try:
-        found = [float(x) for x in text.split(",") if x.strip()]
+        found = list(dict.fromkeys(float(x) for x in text.split(",") if x.strip()))
     except ValueError:
         found = [-1.0]
-    if not (found or empty) or not all(x > 0 for x in found):
+    if not (found or empty) or not all(0 < x < math.inf for x in found):
         raise ConfigError(f"{key} = {text!r} is not a list of positive numbers; write it like "
                           f"--{key}=1,2", key)
     return found
@@ -85,12 +87,15 @@ def carry_out_all(settings: CompareSettings) -> dict:
     lengths, ratios = settings.lengths(), numbers(settings, "ratios")
 
     def baseline(T: int, rate: float, seed: int) -> Cell:
-        return one(f"baseline_T{T}_lr{rate:.3g}", settings.baseline, T, seed, learning_rate=rate)
+        return one(f"baseline_T{T}_lr{rate:.6g}", settings.baseline, T, seed, learning_rate=rate)
 
     def candidate(T: int, ratio: float, seed: int) -> Cell:
         return one(f"candidate_{ratio:g}T{T}", settings.candidate, round(ratio * T), seed)
 
     seeds = range(settings.seeds)
+    for T in lengths:  # a mistake shows before anything has run
+        for c in (*(baseline(T, rate, 0) for rate in rates), *(candidate(T, r, 0) for r in ratios)):
+            Cell(c.name, (*c.flags, *settings.flags.split())).config()
     ladder = by_name(settings.carry_out(
         [baseline(T, rate, 0) for T in lengths for rate in rates]))
     best = {T: min(rates, key=lambda rate, T=T: ladder[baseline(T, rate, 0).name].loss)
@@ -118,6 +123,11 @@ def verdicts(found: dict) -> list[str]:
             if ratio in ("ladder", "baseline"):
                 continue
             losses = [r.loss for r in results]
+            lost = sum(r.diverged for r in (*results, *group["baseline"]))
+            if lost:
+                words.append(f"T = {T:,}: no verdict on {ratio:g} T, {lost} of "
+                             f"{len(results) + len(group['baseline'])} runs diverged")
+                continue
             gap, every = mean(losses) - target, [r.loss for r in (*results, *group["baseline"])]
             spread = max(max(x) - min(x) for x in
                          (losses, [r.loss for r in group["baseline"]])) if len(every) > 2 else None
@@ -146,13 +156,17 @@ def rows(found: dict) -> list[dict]:
             table.append(dict(
                 name=name, learning_rate=first.config.learning_rate, steps=first.config.max_iters,
                 tokens=first.tokens, flops=first.flops, seconds=mean([r.seconds for r in results]),
-                losses=[r.loss for r in results], mean=mean([r.loss for r in results]),
+                losses=[None if r.diverged else r.loss for r in results],
+                mean=None if any(r.diverged for r in results) else mean([r.loss for r in results]),
                 met=[r.steps_to(target) for r in results]))
     return table
 
 
 def markdown(settings: CompareSettings, found: dict) -> str:
     """The report."""
+    def words(loss: float | None) -> str:
+        return "diverged" if loss is None else f"{loss:.4f}"
+
     lines = [f"Baseline {settings.baseline}, candidate {settings.candidate}"
              + (f", flags {settings.flags}" if settings.flags else "") + ".", "",
              *[f"- {words}" for words in verdicts(found)], "",
@@ -162,7 +176,7 @@ def markdown(settings: CompareSettings, found: dict) -> str:
         met = ", ".join("-" if m is None else f"{m:,}" for m in r["met"])
         lines.append(f"| {r['name']} | {r['learning_rate']:g} | {r['steps']:,} | {r['tokens']:,} | "
                      f"{r['flops']:.3g} | {r['seconds']:.0f} | "
-                     f"{', '.join(f'{x:.4f}' for x in r['losses'])} | {r['mean']:.4f} | {met} |")
+                     f"{', '.join(map(words, r['losses']))} | {words(r['mean'])} | {met} |")
     return "\n".join([*lines, "", "![losses](comparison.svg)", ""])
 
 
@@ -176,27 +190,28 @@ def draw(found: dict, file: Path) -> None:
     for i, kind in enumerate(kinds):
         name = "baseline" if kind == "baseline" else f"candidate, {kind:g} T"
         for n, result in enumerate(group[kind]):
-            points = [(r["step"] + 1, r["val/loss"]) for r in result.records if "val/loss" in r]
-            if points:
-                left.plot(*zip(*points, strict=True), color=COLOURS[i], linewidth=1.4, marker="o",
-                          markersize=3, label=name if n == 0 else None)
+            if result.points:
+                left.plot(*zip(*result.points, strict=True), color=COLOURS[i % len(COLOURS)],
+                          linewidth=1.4, marker="o", markersize=3, label=name if n == 0 else None)
         means = [(g[kind][0].config.max_iters, mean([r.loss for r in g[kind]]))
                  for _, g in sorted(found.items())]
-        right.plot(*zip(*means, strict=True), color=COLOURS[i], marker="o", linewidth=1.4)
+        right.plot(*zip(*means, strict=True), color=COLOURS[i % len(COLOURS)], marker="o",
+                   linewidth=1.4)
         for g in found.values():
             right.plot([r.config.max_iters for r in g[kind]], [r.loss for r in g[kind]], ".",
-                       color=COLOURS[i], alpha=0.5)
+                       color=COLOURS[i % len(COLOURS)], alpha=0.5)
     target = mean([r.loss for r in group["baseline"]])
     for axes, words in ((left, f"validation loss, T = {T:,}"), (right, "final losses")):
-        axes.axhline(target, color="#777777", linewidth=0.8, linestyle=":")
+        if target < math.inf:
+            axes.axhline(target, color="#777777", linewidth=0.8, linestyle=":")
         axes.set_title(words, loc="left", fontsize="medium")
         axes.set_xlabel("training steps")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     left.set_ylabel("loss, nats per token")
-    top = max(r.records[len(r.records) // 8].get("train/loss", target) for k in kinds
-              for r in group[k] if r.records)
-    left.set_ylim(top=top)
+    early = [r.points[len(r.points) // 8][1] for k in kinds for r in group[k] if r.points]
+    if early:
+        left.set_ylim(top=max(early))
     left.legend(frameon=False)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)

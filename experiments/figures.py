@@ -14,7 +14,7 @@
 Every run is a config of this repository, or one with the settings that the figure changes. `small`
 lays a byte-level model of the quickstart's size and 200 steps over each: it shows that the commands
 work and which way things fall there, not what the paper's sizes give. Runs that have finished are
-not run again. Written to --out_dir: FIGURE.md, FIGURE.svg.
+not run again. Written to --out_dir: PRESET_FIGURE.md, .svg and .png.
 """
 
 import sys
@@ -64,11 +64,11 @@ def cell(settings: FigureSettings, name: str, file: str, **changes) -> Cell:
         for key in ("learning_rate", "gamma"):
             if f"{key}_times" in changes:
                 values[key] = getattr(config, key) * changes.pop(f"{key}_times")
+    values |= changes
     if settings.max_iters:
         share = settings.max_iters / values.get("max_iters", config.max_iters)
         values |= dict(max_iters=settings.max_iters, warmup_iters=round(
             values.get("warmup_iters", config.warmup_iters) * share))
-    values |= changes
     return Cell(f"{settings.preset}_{name}", (file, *(f"--{k}={v}" for k, v in values.items())))
 
 
@@ -91,12 +91,13 @@ def curves(settings: FigureSettings, cells: dict[str, Cell], x: str = "step",
 
     def draw(axes) -> None:
         for i, (label, r) in enumerate(results.items()):
-            points = [((p["step"] + 1) * (r.flops / r.config.max_iters if x == "FLOPs" else 1),
-                       p["val/loss"]) for p in r.records if "val/loss" in p]
-            axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)],
-                      linestyle=STYLES[i % len(STYLES)], marker="o", markersize=3, label=label)
-        first = [r.records[0]["train/loss"] for r in results.values() if r.records]
-        axes.set_ylim(top=min(r.loss for r in results.values()) * 0.4 + 0.6 * max(first))
+            scale = r.flops / max(1, r.steps) if x == "FLOPs" else 1
+            axes.plot([step * scale for step, _ in r.points], [loss for _, loss in r.points],
+                      color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i % len(STYLES)],
+                      marker="o", markersize=3, label=label)
+        first = [r.points[0][1] for r in results.values() if r.points and not r.diverged]
+        if first:
+            axes.set_ylim(top=1.02 * max(first))
         axes.set_xlabel(f"training {x}s" if x == "step" else x)
         axes.set_ylabel("validation loss, nats per token")
 
@@ -119,18 +120,16 @@ def figure_4(settings: FigureSettings) -> Found:
     found = by_name(settings.carry_out(list(cells.values())))
     results = {key: found[c.name] for key, c in cells.items()}
 
-    def parameters(r: Result) -> float:
-        return (r.flops / r.tokens) / 6
-
     rows = [[f"{method}, {size}", f"{r.config.learning_rate:.3g}", f"{r.loss:.4f}"]
             for (method, size), r in results.items()]
 
     def draw(axes) -> None:
         for i, method in enumerate(dict.fromkeys(m for m, _ in results)):
-            points = sorted((parameters(r), r.loss) for (m, _), r in results.items() if m == method)
+            points = sorted((r.plan.parameters, r.loss) for (m, _), r in results.items()
+                            if m == method)
             axes.semilogx(*zip(*points, strict=True), color=COLOURS[i], linestyle=STYLES[i],
                           marker="o", label=method)
-        axes.set_xlabel("FLOPs per token / 6 (about the parameters)")
+        axes.set_xlabel("parameters")
         axes.set_ylabel("final validation loss, nats per token")
 
     return Found(["run", "learning rate", "final validation loss"], rows, draw)
@@ -199,7 +198,8 @@ def figure_6c(settings: FigureSettings) -> Found:
         axes.imshow(values, cmap="viridis_r")
         for i, line in enumerate(values):
             for j, value in enumerate(line):
-                axes.text(j, i, f"{value:.3f}", ha="center", va="center", color="white")
+                axes.text(j, i, f"{value:.3f}", ha="center", va="center",
+                          bbox=dict(facecolor="white", alpha=0.75, edgecolor="none"))
         axes.set_xticks(range(len(betas)), [f"{b:g}" for b in betas])
         axes.set_yticks(range(len(gammas)), [row[0] for row in rows])
         axes.set_xlabel("beta2")

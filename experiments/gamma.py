@@ -45,7 +45,8 @@ class GammaSettings(RunSettings):
 class Ladder(NamedTuple):
     """What a climb found: rates, and the loss at the best one."""
 
-    largest: float  # of those that did not blow up
+    least: float  # of those that did not blow up
+    largest: float
     best: float  # the one with the lowest final loss
     best_loss: float
     blown: float | None  # the first that blew up; None: none did
@@ -93,7 +94,7 @@ def climb(settings: RunSettings, make: Callable[[float], Cell], start: float, *,
         raise ConfigError(f"all of {most} learning rates from {start:g} downwards blew up; the "
                           "cause is another setting")
     best = min(losses, key=losses.get)
-    return Ladder(max(losses), best, losses[best], blown)
+    return Ladder(min(losses), max(losses), best, losses[best], blown)
 
 
 def find_gamma(settings: GammaSettings, make: Callable[[float], Cell], start: float,
@@ -154,7 +155,8 @@ def search(settings: GammaSettings) -> dict[str, float]:
         found["learning_rate"] = float(f"{ladder.best:.3g}")
         blown = f"blew up at {ladder.blown:.3g}" if ladder.blown else "none blew up"
         print(f"learning rates: largest stable {ladder.largest:.3g}, {blown}, lowest loss "
-              f"{ladder.best_loss:.4f} at {ladder.best:.3g}")
+              f"{ladder.best_loss:.4f} at {ladder.best:.3g}"
+              f"{', the lowest that was tried: try less' if ladder.best == ladder.least else ''}")
     return found
 
 

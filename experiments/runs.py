@@ -64,8 +64,8 @@ class Result:
 
     @cached_property
     def records(self) -> list[dict]:
-        """Its metrics.jsonl."""
-        return read_metrics(self.folder)
+        """Its metrics.jsonl; empty where it diverged before the first."""
+        return read_metrics(self.folder) if (self.folder / "metrics.jsonl").exists() else []
 
     @cached_property
     def config(self) -> Config:
@@ -76,6 +76,17 @@ class Result:
     def loss(self) -> float:
         """Final validation loss in nats; infinite where the run diverged."""
         return math.inf if self.diverged else self.records[-1]["val/loss"]
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """(steps done, validation loss) of every evaluation that was finite."""
+        return [(r["step"] + 1, r["val/loss"]) for r in self.records
+                if r.get("val/loss") is not None]
+
+    @property
+    def steps(self) -> int:
+        """Done, which are fewer than asked for where the run diverged."""
+        return self.records[-1]["step"] + 1 if self.records else 0
 
     @property
     def seconds(self) -> float:
@@ -91,23 +102,26 @@ class Result:
     @property
     def tokens(self) -> int:
         """Seen in training."""
-        return self.config.max_iters * self.config.tokens_per_step
+        return self.steps * self.config.tokens_per_step
+
+    @cached_property
+    def plan(self) -> dry_run.Plan:
+        """Its parameters and FLOPs."""
+        return dry_run.plan(self.config)
 
     @property
     def flops(self) -> float:
         """6 N + 12 L d T per token, and the estimates'."""
-        plan = dry_run.plan(self.config)
-        return self.tokens * plan.flops_per_token * (1 + plan.estimate_share)
+        return self.tokens * self.plan.flops_per_token * (1 + self.plan.estimate_share)
 
     def steps_to(self, loss: float) -> int | None:
         """Steps until the first evaluation at or below this loss; None: never."""
-        return next((r["step"] + 1 for r in self.records if r.get("val/loss", math.inf) <= loss),
-                    None)
+        return next((step for step, found in self.points if found <= loss < math.inf), None)
 
     def mean(self, key: str, first: float = 0.0) -> float:
         """Of a recorded number, over the records after this fraction of the run."""
         found = [r[key] for r in self.records
-                 if key in r and r["step"] >= first * self.config.max_iters]
+                 if r.get(key) is not None and r["step"] >= first * self.config.max_iters]
         return sum(found) / len(found) if found else math.nan
 
 
@@ -115,23 +129,31 @@ def carry_out(cells: Sequence[Cell], out_dir: Path, *, jobs: int = 1, ranks: int
               say: Callable[[str], object] = print) -> list[Result]:
     """Results of the cells in their order; runs those that have none yet.
 
-    Raises ConfigError before the first run where a cell's settings are wrong, or its folder holds
-    another run; RuntimeError where a run ended otherwise than by finishing or diverging.
+    Raises ConfigError before the first run where a cell's settings are wrong, two cells share a
+    name, or a folder holds another run; RuntimeError where a run ended otherwise than by finishing
+    or diverging.
     """
+    names = [cell.name for cell in cells]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"two runs would share the name {min(twice)}; their settings are too "
+                          "close to each other")
     for cell in cells:
         cell.config()
-        note = out_dir / cell.name / "cell.json"
-        if note.exists() and json.loads(note.read_text()) != list(cell.flags):
-            raise ConfigError(f"{note.parent} holds a run with other settings "
-                              f"({' '.join(json.loads(note.read_text()))}); give another --out_dir",
-                              "out_dir")
+        held = _flags_of(out_dir / cell.name)
+        if held is not None and held != list(cell.flags):
+            raise ConfigError(f"{out_dir / cell.name} holds a run with other settings "
+                              f"({' '.join(held)}); give another --out_dir", "out_dir")
     threads = max(1, (os.cpu_count() or 1) // (jobs * ranks))
 
     def one(cell: Cell) -> Result:
         folder = out_dir / cell.name
         if (found := _finished(cell, folder)) is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "cell.json").write_text(json.dumps(list(cell.flags)))
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "cell.json").write_text(json.dumps(list(cell.flags)))
+            except OSError as error:
+                raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another "
+                                  "--out_dir", "out_dir") from None
             _run(cell, folder, ranks, threads)
             found = _finished(cell, folder)
             if found is None:
@@ -150,6 +172,14 @@ def carry_out(cells: Sequence[Cell], out_dir: Path, *, jobs: int = 1, ranks: int
             raise
 
 
+def _flags_of(folder: Path) -> list[str] | None:
+    """The flags of the run that a folder holds; None where none was begun."""
+    try:
+        return json.loads((folder / "cell.json").read_text())
+    except (OSError, ValueError):  # a write that was interrupted
+        return None
+
+
 def _run(cell: Cell, folder: Path, ranks: int, threads: int) -> None:
     launch = [sys.executable]
     if ranks > 1:
@@ -159,7 +189,7 @@ def _run(cell: Cell, folder: Path, ranks: int, threads: int) -> None:
         code = subprocess.run([*launch, "train.py", *cell.flags, f"--out_dir={folder.resolve()}",
                                "--init_from=auto"], cwd=ROOT, stdout=log, stderr=log,
                               env=environment).returncode
-    if code == 1 and "is not finite" in (folder / "log.txt").read_text(errors="replace"):
+    if code == 1 and "not finite" in (folder / "log.txt").read_text(errors="replace"):
         (folder / "diverged").touch()
 
 
@@ -171,7 +201,7 @@ def _finished(cell: Cell, folder: Path) -> Result | None:
         last = result.records[-1]
     except (ConfigError, IndexError):
         return None
-    ended = last["step"] == cell.config().max_iters - 1 and "val/loss" in last
+    ended = last["step"] == cell.config().max_iters - 1 and last.get("val/loss") is not None
     return result if ended else None
 
 

@@ -80,7 +80,8 @@ def best_gd(steps: int) -> tuple[float, Tensor]:
     """The learning rate, of twenty per decade, with which gradient descent is soonest there."""
     rates = [10 ** (n / 20) for n in range(-80, 1)]
     paths = {lr: path(lambda x, lr=lr: torch.optim.SGD(x, lr=lr), steps) for lr in rates}
-    return min(paths.items(), key=lambda item: steps_to_solve(item[1]) or math.inf)
+    return min(paths.items(), key=lambda item: (
+        steps_to_solve(item[1]) or math.inf, loss(item[1][-1]).nan_to_num(math.inf).item()))
 
 
 def methods(steps: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from distributed import Ranks, wrap
 from model import GPT, GPTConfig
 from sophia import Sophia
 
@@ -34,8 +35,23 @@ def trained(sharded: bool, options: dict) -> list[torch.Tensor]:
     return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in tensors]
 
 
+def uniforms_arrive_unrounded() -> None:
+    """In a sharded bfloat16 model, whose blocks round what they are given."""
+    model = wrap(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=33)),
+                 Ranks(dist.get_rank(), 2, torch.device("cpu")), sharded=True, low_precision=True)
+    uniforms = torch.rand(4, 8)
+
+    def label(p: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(given, uniforms.flatten())
+        return given.new_zeros(len(given), dtype=torch.long)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(4, 8, dtype=torch.long), uniforms, label).backward()
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
+    uniforms_arrive_unrounded()
     for name in sys.argv[1:]:
         for a, b in zip(trained(True, OPTIONS[name]), trained(False, OPTIONS[name]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -106,7 +106,7 @@ def test_each_contender_has_its_own_defaults_and_flags_win():
     (["--compare=optimiser=adamw"], "did you mean optimizer?"),
     (["--real_data", "--dataset=nowhere"], "train.bin not found"),
     (["--repeats=1"], "must be at least 3"),
-    (["--against=nothing.json"], "is no file of bench.py --json")])
+    (["--against=nothing.json"], "wrote: ")])
 def test_mistakes_are_refused_in_words(refused, flags, words):
     assert words in refused(bench.main, [*SMALL, *flags])
 

@@ -74,3 +74,12 @@ def test_activations_are_what_the_forward_pass_leaves(checkpointing):
         said -= 256 * (36 * 128 + 4 * 4 + 16)
     # At the peak the logits themselves are there too, in bfloat16 and in float32.
     assert said - 256 * 512 * 6 == pytest.approx(measured, rel=0.01)
+
+
+def test_a_loss_in_chunks_takes_less_memory():
+    flags = ("config/train_gpt2_small_sophiag.py", "--batch_size=12")
+    whole, chunked = (dry_run.memory(dry_run.plan(resolved(*flags, *more)), 8).activations
+                      for more in ((), ("--loss_chunk=1024",)))
+    logits = 12 * 1024 * 50304 * 10
+    chunk = 50304 * (1024 * 8 + 4 * 768)
+    assert whole - chunked == logits - chunk > 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ def quick(data_dir, monkeypatch):
     import train
 
     def run(command, stdout=None, stderr=None, **_):
-        try:
-            train.main(command[command.index("train.py") + 1:])
-        except SystemExit as ended:
-            stdout.write("the loss is not finite")
-            return subprocess.CompletedProcess(command, ended.code)
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            try:
+                train.main(command[command.index("train.py") + 1:])
+            except SystemExit as ended:
+                return subprocess.CompletedProcess(command, ended.code)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(runs.subprocess, "run", run)
@@ -95,12 +96,30 @@ def test_a_folder_with_another_run_is_refused_before_any_run(quick, tmp_path):
         runs.carry_out([Cell("c", ("--lr=1",))], tmp_path)
 
 
-def test_a_run_that_diverges_is_a_result(quick, tmp_path):
-    result = runs.carry_out([Cell("a", (*quick, "--optimizer=adamw", "--learning_rate=1e30",
-                                        "--warmup_iters=0"))], tmp_path)[0]
+@pytest.mark.parametrize("optimizer", ["adamw", "sophiag"])
+@pytest.mark.parametrize("every, steps", [(1, 6), (2, 6), (6, 6), (1, 2), (9, 2)])
+def test_a_run_that_diverges_is_a_result(quick, tmp_path, every, steps, optimizer):
+    """Wherever it shows first: in a training loss, an evaluation, the last one, a save."""
+    cell = Cell("a", (*quick, f"--optimizer={optimizer}", "--learning_rate=1e38",
+                      "--warmup_iters=0", f"--eval_interval={every}", f"--max_iters={steps}",
+                      "--hessian_interval=1", "--min_lr_ratio=1", "--weight_decay=1"))
+    result = runs.carry_out([cell], tmp_path)[0]
     assert result.diverged and result.loss == math.inf and gamma.blew_up(result)
-    assert runs.carry_out([Cell("a", (*quick, "--optimizer=adamw", "--learning_rate=1e30",
-                                      "--warmup_iters=0"))], tmp_path)[0].diverged
+    assert result.steps_to(math.inf) is None and result.steps <= steps
+    assert runs.carry_out([cell], tmp_path)[0].diverged
+
+
+def test_two_runs_of_one_name_are_refused(quick, tmp_path):
+    with pytest.raises(runs.ConfigError, match="share the name a"):
+        runs.carry_out([Cell("a", quick), Cell("a", (*quick, "--seed=1"))], tmp_path)
+
+
+def test_no_verdict_is_given_where_a_run_diverged(quick, tmp_path, capsys):
+    baseline, candidate, out = contenders(quick, tmp_path)
+    compare.main([baseline, candidate.replace("rate=1e-2", "rate=1e38,weight_decay=1"), out])
+    assert "no verdict on 0.5 T, 1 of 2 runs diverged" in capsys.readouterr().out
+    table = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert table[-1]["losses"] == [None] and table[-1]["met"] == [None]
 
 
 def test_a_run_that_breaks_otherwise_is_an_error_with_its_last_line(quick, tmp_path):
@@ -144,7 +163,12 @@ def test_a_best_rate_at_the_end_of_the_ladder_is_said(quick, tmp_path, capsys):
     ([], "baseline is not given"), (["--baseline=config/quickstart.py"], "candidate is not given"),
     (["--baseline=a.py", "--candidate=b.py", "--ratios=0,1"], "ratios = '0,1' is not a list of"),
     (["--baseline=a.py", "--candidate=b.py", "--rates=x"], "is not a list of positive numbers"),
-    (["--baseline=a.py", "--candidate=b.py"], "config file a.py not found")])
+    (["--baseline=a.py", "--candidate=b.py", "--max_iters=inf"], "is not a list of positive"),
+    (["--baseline=a.py", "--candidate=b.py", "--max_iters=5.5"], "are not whole numbers"),
+    (["--baseline=a.py", "--candidate=b.py"], "config file a.py not found"),
+    (["--baseline=config/quickstart.py", "--candidate=optimizer=sophiag,gama=1"], "key gama"),
+    (["--baseline=config/quickstart.py", "--candidate=config/quickstart.py", "--max_iters=1"],
+     "max_iters = 0")])
 def test_compare_refuses_mistakes_in_words(refused, flags, words):
     assert words in refused(compare.main, flags)
 
@@ -251,7 +275,8 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
     tokens = {c.tokens_per_step for c in seen.values()}
     assert tokens == ({480 * 1024} if preset == "paper" else {32 * 64})
     assert (tmp_path / f"{preset}_{figure}.svg").exists()
-    assert capsys.readouterr().out.count("\n|") >= len(seen) // 12
+    lines = capsys.readouterr().out.count("\n| ") - 1  # without the heading
+    assert lines == {"6b": 6, "6c": 3}.get(figure, len(seen))
     if figure == "7a":
         assert {c.hessian_interval for c in seen.values()} == {1, 10, 100}
 

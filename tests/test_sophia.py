@@ -334,6 +334,13 @@ def test_blocks_of_classes_draw_as_one_cumulative_sum_does(classes):
     assert torch.equal(draw_labels(weights, u, classes), expected)
 
 
+def test_weights_that_are_not_finite_draw_some_class_and_leave_the_estimate_to_the_guard():
+    weights = torch.full((2, 300), float("nan"))
+    assert draw_labels(weights, torch.tensor([0.1, 0.9]), 290).max() < 290
+    weights[0] = torch.inf
+    assert draw_labels(weights, torch.tensor([0.1, 0.9])).max() < 300
+
+
 def test_no_impossible_class_is_drawn_at_the_ends_of_blocks():
     weights = torch.zeros(4, 300)
     weights[:, [0, 127, 200]] = torch.tensor([1.0, 1e-9, 1.0])

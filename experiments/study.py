@@ -103,7 +103,6 @@ def bytes_(folder: str) -> list[Cell]:
         run("muon", MUON, 2.4e-2, warmup=0.1),
         run("ours", OURS, 2e-2, seed=1),
         run("adamw", ADAMW, 1.6e-2, warmup=0.15, seed=1),
-        run("ours", OURS, 2e-2, share=0.7),
         run("ours", OURS, 1.2e-2, seed=1),
         run("ours", OURS, 1.2e-2, share=0.7),
         run("ours", OURS, 1.2e-2, share=0.7, seed=1),

@@ -1,0 +1,37 @@
+# torchrun --nproc_per_node=8 train.py config/train_gpt2_medium_tuned.py
+# Sophia-G with a controlled gamma in place of the paper's. Extrapolated from models of 0.2 to 6M
+# parameters (results/study.md, results/controlled_gamma.md), where rates of 1.5 times AdamW's did
+# best; nothing was measured at this size. What train_gpt2_medium_sophiag.py has and this changes:
+# learning_rate, beta1, gamma.
+out_dir = "out/gpt2-medium-tuned"
+
+n_layer = 24
+n_head = 16
+n_embd = 1024
+vocab_size = 50304
+block_size = 1024
+
+dataset = "openwebtext"
+batch_size = 10
+total_batch_size = 480
+
+optimizer = "sophiag"
+learning_rate = 1.5 * 3e-4  # AdamW's in the paper
+beta1 = 0.9
+beta2 = 0.99
+gamma_target = 0.9  # a gamma of its own for each tensor (beyond the paper)
+gamma_rows = "embedding"  # and for each row of the embeddings
+eps = 1e-12
+weight_decay = 0.2
+hessian_interval = 10
+hessian_batch_size = 240
+grad_clip = 1.0
+
+max_iters = 100_000
+warmup_iters = 2000
+min_lr_ratio = 0.05
+
+eval_interval = 1000
+log_interval = 10
+checkpoint_interval = 1000
+wandb_run_name = "gpt2-medium-tuned"

@@ -165,7 +165,7 @@ def figure_6b(settings: FigureSettings) -> Found:
                             f"train_gpt2_medium_{method}", learning_rate=rate, **changes)
 
             start = cell(settings, "", f"train_gpt2_medium_{method}").config().learning_rate
-            ladder = climb(settings, make, start, factor=2.0)
+            ladder = climb(settings, make, start, factor=2.0 if settings.preset == "paper" else 4.0)
             bars[method, scaled] = ladder.largest
             rows.append([method, "yes" if scaled else "no", f"{ladder.largest:.3g}",
                          f"{ladder.best:.3g}", f"{ladder.best_loss:.4f}",

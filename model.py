@@ -137,7 +137,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 # log p of a label, finite even where p is 0
                 log_sum = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()
                 loss += ((log_sum - logits.gather(1, place)) * counts).sum()
-                del logits  # before the next chunk's
                 count += counts.sum()
                 if gradients:
                     p.scatter_add_(1, place, torch.full_like(place, -1, dtype=wide))
@@ -149,7 +148,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                         dW.addmm_(p.t(), hidden, beta=0 if first else 1)
                     else:
                         torch.add(0 if first else dW, p.t() @ hidden, out=dW)
-                del p
+                del p  # before the next chunk's
         ctx.gradients, ctx.count = (dx, dW), count
         return loss / count
 

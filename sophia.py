@@ -595,7 +595,7 @@ def draw_labels(weights: Tensor, uniforms: Tensor, num_classes: int | None = Non
     place = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)  # (n, _BLOCK)
     inside = weights.gather(1, place.clamp_max(K - 1)).masked_fill_(place >= K, 0).cumsum(1)
     within, _ = _first_above(inside, uniforms.unsqueeze(1) * cdf[:, -1:] - before)
-    labels = (block * _BLOCK + within).squeeze(1).clamp_max_(K - 1)
+    labels = (block * _BLOCK + within).squeeze(1).clamp_max_(K - 1)  # where not finite
     return torch.where(uniforms < 0, -100, labels)
 
 
@@ -604,10 +604,10 @@ _BLOCK = 128  # classes
 
 def _first_above(cdf: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """The first place (n, 1) of each row (n, K) above the threshold (n, 1), a possible one whatever
-    the rounding, and the row's value before it. Some place of a row that is not finite."""
+    the rounding, and the row's value before it. Of a row that is not finite, up to K."""
     below_all = cdf[:, -1:] * (1 - torch.finfo(cdf.dtype).eps)
     threshold = threshold.to(cdf.dtype).clamp_min(0).minimum(below_all)
-    place = torch.searchsorted(cdf, threshold, right=True).clamp_max_(cdf.size(1) - 1)  # NaN: last
+    place = torch.searchsorted(cdf, threshold, right=True)
     before = torch.where(place > 0, cdf.gather(1, (place - 1).clamp_min(0)), 0)
     return place, before
 

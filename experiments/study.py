@@ -27,11 +27,90 @@ CORPORA = {
     "bpe": (16, 400),
     "bytes": (32, 400),
 }
-ADAMW = ("--optimizer=adamw", "--beta1=0.9", "--beta2=0.95")
-LION = ("--optimizer=lion",)
-MUON = ("--optimizer=muon", "--beta1=0.9", "--beta2=0.99", "--weight_decay=0.1")
-PAPER_G = ("--optimizer=sophiag",)
-OURS = ("--optimizer=sophiag", "--beta1=0.8", "--gamma_target=0.9", "--gamma_rows=embedding")
+LARGER = ("--n_layer=6", "--n_head=6", "--n_embd=192")
+CONTROLLED = ("--beta1=0.8", "--gamma_target=0.9")
+OURS = ("--optimizer=sophiag", *CONTROLLED, "--gamma_rows=embedding")
+METHODS = {
+    # name: (warm-up over the run's length, train.py's flags)
+    "adamw": (0.15, ("--optimizer=adamw", "--beta1=0.9", "--beta2=0.95")),
+    "adamw-beta2-.99": (0.15, ("--optimizer=adamw", "--beta1=0.9", "--beta2=0.99")),
+    "lion": (0.15, ("--optimizer=lion",)),
+    "muon": (0.1, ("--optimizer=muon", "--beta1=0.9", "--beta2=0.99", "--weight_decay=0.1")),
+    "sophiag": (0.05, ("--optimizer=sophiag",)),
+    "sophiah": (0.05, ("--optimizer=sophiah", "--hessian_batch_size=2")),
+    "ours": (0.05, OURS),
+    "ours-tensors": (0.05, ("--optimizer=sophiag", *CONTROLLED)),
+    "ours-matrices": (0.05, ("--optimizer=sophiag", *CONTROLLED, "--gamma_rows=matrices")),
+    "ours-ef": (0.05, ("--optimizer=ef_clip", *CONTROLLED, "--gamma_rows=embedding")),
+    "ours-h": (0.05, ("--optimizer=sophiah", *CONTROLLED, "--gamma_rows=embedding")),
+    "ours-2-rows": (0.05, (*OURS, "--hessian_batch_size=2")),
+}
+RUNS = {
+    # (method, learning rate, arguments of cell); begun in this order
+    "bpe": [
+        ("adamw", 8e-3, {}),
+        ("ours", 1.2e-2, {}),
+        ("adamw", 4e-3, {}),
+        ("ours", 1.2e-2, {"seed": 1}),
+        ("adamw", 8e-3, {"seed": 1}),
+        ("ours", 1.2e-2, {"share": 0.7}),
+        ("muon", 1.2e-2, {}),
+        ("adamw", 1.6e-2, {}),
+        ("ours", 1.2e-2, {"share": 0.7, "seed": 1}),
+        ("sophiag", 4e-3, {"gamma": 0.8}),
+        ("adamw", 8e-3, {"rows": 4}),
+        ("ours", 1.2e-2, {"rows": 4}),
+        ("ours", 1.2e-2, {"rows": 4, "share": 0.7}),
+        ("adamw", 1.6e-2, {"rows": 4}),
+        ("lion", 2e-3, {}),
+        ("ours-2-rows", 1.2e-2, {}),
+        ("ours-ef", 1.2e-2, {}),
+        ("muon", 1.2e-2, {"seed": 1}),
+        ("lion", 1e-3, {}),
+        ("ours-h", 1.2e-2, {}),
+        ("adamw", 4e-3, {"seed": 1}),
+        ("ours-tensors", 1.2e-2, {}),
+    ],
+    "bytes": [
+        ("adamw", 8e-3, {}),
+        ("ours", 1.2e-2, {}),
+        ("adamw", 4e-3, {}),
+        ("adamw", 1.6e-2, {}),
+        ("adamw-beta2-.99", 8e-3, {}),
+        ("ours", 2e-2, {}),
+        ("muon", 1.2e-2, {}),
+        ("muon", 2.4e-2, {}),
+        ("ours", 2e-2, {"seed": 1}),
+        ("adamw", 1.6e-2, {"seed": 1}),
+        ("ours", 1.2e-2, {"seed": 1}),
+        ("ours", 1.2e-2, {"share": 0.7}),
+        ("ours", 1.2e-2, {"share": 0.7, "seed": 1}),
+        ("ours", 2e-2, {"share": 0.7}),
+        ("adamw", 3.2e-2, {}),
+        ("ours", 1.2e-2, {"share": 0.5}),
+        ("sophiag", 4e-3, {"gamma": 0.5}),
+        ("lion", 1e-3, {}),
+        ("lion", 2e-3, {}),
+        ("lion", 4e-3, {}),
+        ("ours-ef", 1.2e-2, {}),
+        ("ours-2-rows", 1.2e-2, {}),
+        ("ours-h", 1.2e-2, {}),
+        ("ours-tensors", 1.2e-2, {}),
+        ("ours-matrices", 1.2e-2, {}),
+        ("ours-ef", 1.2e-2, {"seed": 1}),
+        ("ours-2-rows", 1.2e-2, {"seed": 1}),
+        ("adamw", 1.6e-2, {"rows": 4}),
+        ("ours", 1.2e-2, {"rows": 4}),
+        ("ours", 1.2e-2, {"rows": 4, "share": 0.7}),
+        ("adamw", 8e-3, {"rows": 4}),
+        ("ours", 2e-2, {"rows": 4}),
+        ("adamw", 8e-3, {"larger": True}),
+        ("ours", 1.2e-2, {"larger": True}),
+        ("adamw", 4e-3, {"larger": True}),
+        ("ours", 1.2e-2, {"larger": True, "share": 0.7}),
+        ("ours", 6e-3, {"larger": True}),
+    ],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,64 +127,27 @@ class StudySettings(RunSettings):
             raise ConfigError("--bpe and --bytes are both left out; give a folder", "bpe", "bytes")
 
 
-def cell(corpus: str, dataset: str, method: str, flags: tuple[str, ...], lr: float, seed: int = 0,
-         *, share: float = 1.0, warmup: float = 0.05, rows: int = 1) -> Cell:
+def cell(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0, share: float = 1.0,
+         rows: int = 1, larger: bool = False, gamma: float | None = None) -> Cell:
     """A run of `share` of the corpus's steps, on `rows` times its rows per step."""
     batch, steps = CORPORA[corpus]
     batch, steps = batch * rows, round(steps * share)
+    warmup, flags = METHODS[method]
+    if gamma is not None:
+        flags = (*flags, f"--gamma={gamma:g}")
     sizes = dict(dataset=dataset, batch_size=min(batch, 16), total_batch_size=batch,
                  max_iters=steps, warmup_iters=round(warmup * steps), learning_rate=lr, seed=seed)
     if not any(flag.startswith("--hessian_batch_size") for flag in flags):
         sizes["hessian_batch_size"] = batch // 2  # the paper's half
-    text = f"{corpus}_{method}_{lr:g}" + f"_{share:g}T" * (share != 1) + f"_x{rows}" * (rows > 1)
-    return Cell(f"{text}_s{seed}", (*MODEL, *flags, *(f"--{k}={v}" for k, v in sizes.items())))
+    text = f"{corpus}_{method}_{lr:g}" + f"_{share:g}T" * (share != 1) + f"_x{rows}" * (rows > 1) \
+        + "_larger" * larger
+    return Cell(f"{text}_s{seed}", (*MODEL, *LARGER * larger, *flags,
+                                    *(f"--{k}={v}" for k, v in sizes.items())))
 
 
-def bpe(folder: str) -> list[Cell]:
-    """The runs on GPT-2's tokens."""
-    def run(method, flags, lr, **more):
-        return cell("bpe", folder, method, flags, lr, **more)
-
-    return [
-        run("adamw", ADAMW, 8e-3, warmup=0.15),
-        run("ours", OURS, 1.2e-2),
-        run("adamw", ADAMW, 4e-3, warmup=0.15),
-        run("ours", OURS, 1.2e-2, seed=1),
-        run("adamw", ADAMW, 8e-3, warmup=0.15, seed=1),
-        run("ours", OURS, 1.2e-2, share=0.7),
-        run("muon", MUON, 1.2e-2, warmup=0.1),
-        run("adamw", ADAMW, 1.6e-2, warmup=0.15),
-        run("ours", OURS, 1.2e-2, share=0.7, seed=1),
-        run("sophiag", (*PAPER_G, "--gamma=0.8"), 4e-3),
-    ]
-
-
-def bytes_(folder: str) -> list[Cell]:
-    """The runs on bytes."""
-    def run(method, flags, lr, **more):
-        return cell("bytes", folder, method, flags, lr, **more)
-
-    slow = ("--optimizer=adamw", "--beta1=0.9", "--beta2=0.99")
-    return [
-        run("adamw", ADAMW, 8e-3, warmup=0.15),
-        run("ours", OURS, 1.2e-2),
-        run("adamw", ADAMW, 4e-3, warmup=0.15),
-        run("adamw", ADAMW, 1.6e-2, warmup=0.15),
-        run("adamw-beta2-.99", slow, 8e-3, warmup=0.15),
-        run("ours", OURS, 2e-2),
-        run("muon", MUON, 1.2e-2, warmup=0.1),
-        run("muon", MUON, 2.4e-2, warmup=0.1),
-        run("ours", OURS, 2e-2, seed=1),
-        run("adamw", ADAMW, 1.6e-2, warmup=0.15, seed=1),
-        run("ours", OURS, 1.2e-2, seed=1),
-        run("ours", OURS, 1.2e-2, share=0.7),
-        run("ours", OURS, 1.2e-2, share=0.7, seed=1),
-        run("ours", OURS, 2e-2, share=0.7),
-        run("adamw", ADAMW, 3.2e-2, warmup=0.15),
-        run("ours", OURS, 1.2e-2, share=0.5),
-        run("sophiag", (*PAPER_G, "--gamma=0.5"), 4e-3),
-        run("lion", LION, 1e-3, warmup=0.15),
-    ]
+def cells(corpus: str, dataset: str) -> list[Cell]:
+    """The runs on a corpus, prepared in the folder `dataset`."""
+    return [cell(corpus, dataset, method, lr, **more) for method, lr, more in RUNS[corpus]]
 
 
 def grouped(results: list[Result]) -> dict[str, list[Result]]:
@@ -159,7 +201,7 @@ def draw(corpora: dict[str, list[Result]], file: Path) -> None:
 
 
 PLOTTED = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "Sophia-G, fixed gamma",
-           "ours": "Sophia-G, controlled gamma"}
+           "sophiah": "Sophia-H, fixed gamma", "ours": "Sophia-G, controlled gamma"}
 
 
 def main(argv: list[str]) -> None:
@@ -167,11 +209,11 @@ def main(argv: list[str]) -> None:
     try:
         settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
         pyplot()  # better missed now than after the runs
-        pairs = [(bpe, settings.bpe), (bytes_, settings.bytes)]
-        lists = [make(folder) for make, folder in pairs if folder != "-"]
+        folders = {c: getattr(settings, c) for c in CORPORA if getattr(settings, c) != "-"}
+        lists = [cells(corpus, folder) for corpus, folder in folders.items()]
         results = settings.carry_out(list(filter(None, chain.from_iterable(zip_longest(*lists)))))
         corpora = {corpus: [r for r in results if r.name.startswith(f"{corpus}_")]
-                   for corpus, (_, folder) in zip(CORPORA, pairs, strict=True) if folder != "-"}
+                   for corpus in folders}
         text = "\n\n".join(f"{corpus}\n\n{table(found)}" for corpus, found in corpora.items())
         (Path(settings.out_dir) / "study.md").write_text(text + "\n")
         draw(corpora, Path(settings.out_dir) / "study.svg")

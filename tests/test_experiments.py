@@ -282,7 +282,7 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
 
 
 def test_the_study_lists_runs_that_train_takes():
-    cells = study.bpe("a") + study.bytes_("b")
+    cells = study.cells("bpe", "a") + study.cells("bytes", "b")
     assert len({cell.name for cell in cells}) == len(cells)
     for cell in cells:
         assert cell.config().max_iters > cell.config().warmup_iters

@@ -34,6 +34,7 @@ SMALL = dict(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=320, data
              batch_size=32, total_batch_size=32, max_iters=200, warmup_iters=20, eval_interval=20,
              eval_windows=400, log_interval=5, checkpoint_interval=1000, keep_best=False)
 SMALL_RATES, SMALL_GAMMAS, SMALL_ROWS = 6, 40, {240: 16, 32: 2}
+DEEP = dict(n_layer=8, max_iters=300, warmup_iters=30)  # Fig. 6b, small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,23 +154,25 @@ def figure_6a(settings: FigureSettings) -> Found:
 
 def figure_6b(settings: FigureSettings) -> Found:
     """The largest rate that does not blow up, with and without inverse-layer scaling."""
+    def rung(method: str, scaled: bool) -> tuple[Callable[[float], Cell], float]:
+        changes = dict(scale_attn_by_inverse_layer_idx=scaled, grad_clip=1.0)
+        if settings.preset == "small":
+            changes |= DEEP
+        file = f"train_gpt2_medium_{method}"
+        name = f"6b_{method}_{'scaled' if scaled else 'plain'}"
+        return (lambda rate: cell(settings, f"{name}_{rate:.3g}", file, learning_rate=rate,
+                                  **changes)), cell(settings, "", file).config().learning_rate
+
+    kinds = [(method, scaled) for method in ("adamw", "lion", "sophiag")
+             for scaled in (False, True)]
+    found = climb(settings, {f"{m}, {'scaled' if s else 'plain'}": rung(m, s) for m, s in kinds},
+                  factor=2.0 if settings.preset == "paper" else 4.0)
     rows, bars = [], {}
-    for method in ("adamw", "lion", "sophiag"):
-        for scaled in (False, True):
-            changes = dict(scale_attn_by_inverse_layer_idx=scaled, grad_clip=1.0)
-            if settings.preset == "small":
-                changes |= dict(n_layer=8, max_iters=100, warmup_iters=10)
-
-            def make(rate: float, method=method, scaled=scaled, changes=changes) -> Cell:
-                return cell(settings, f"6b_{method}_{'scaled' if scaled else 'plain'}_{rate:.3g}",
-                            f"train_gpt2_medium_{method}", learning_rate=rate, **changes)
-
-            start = cell(settings, "", f"train_gpt2_medium_{method}").config().learning_rate
-            ladder = climb(settings, make, start, factor=2.0 if settings.preset == "paper" else 4.0)
-            bars[method, scaled] = ladder.largest
-            rows.append([method, "yes" if scaled else "no", f"{ladder.largest:.3g}",
-                         f"{ladder.best:.3g}", f"{ladder.best_loss:.4f}",
-                         f"{ladder.blown:.3g}" if ladder.blown else "none tried"])
+    for (method, scaled), ladder in zip(kinds, found.values(), strict=True):
+        bars[method, scaled] = ladder.largest
+        rows.append([method, "yes" if scaled else "no", f"{ladder.largest:.3g}",
+                     f"{ladder.best:.3g}", f"{ladder.best_loss:.4f}",
+                     f"{ladder.blown:.3g}" if ladder.blown else "none tried"])
 
     def draw(axes) -> None:
         for i, ((_, scaled), rate) in enumerate(bars.items()):

@@ -5,16 +5,18 @@
 
 Gamma (the paper's rule): between 10 and 50 % of the coordinates shall be unclipped. It is moved by
 factors of ten until the share, averaged over the second half of a short run, has passed the middle
-of that range, then halved in the logarithm. The rate: it climbs by `factor` until a run blows up,
-which is when it diverges, or when its training loss, averaged over five records, is after the
-warm-up more than 1.25 times what it had been before. Both print the lines to paste into a config.
-The schedule of a short run is the config's, compressed. Results of runs are kept in --out_dir and
-used again.
+of that range, then halved in the logarithm.
+The rate: it climbs by `factor` until a run blows up, which is when it diverges; when its training
+loss, averaged over five records, is after the warm-up more than 1.25 times what it had been before;
+or when it ends at more than 1.25 times the ladder's lowest loss. Then it descends while the lowest
+rate is the best.
+Both print the lines to paste into a config. The schedule of a short run is the config's,
+compressed. Results of runs are kept in --out_dir and used again.
 """
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -45,11 +47,11 @@ class GammaSettings(RunSettings):
 class Ladder(NamedTuple):
     """What a climb found: rates, and the loss at the best one."""
 
-    least: float  # of those that did not blow up
-    largest: float
+    least: float  # that was tried
+    largest: float  # that is stable
     best: float  # the one with the lowest final loss
     best_loss: float
-    blown: float | None  # the first that blew up; None: none did
+    blown: float | None  # the next one tried, which blew up; None: none did
 
 
 def blew_up(result: Result) -> bool:
@@ -71,30 +73,54 @@ def blew_up(result: Result) -> bool:
     return False
 
 
-def climb(settings: RunSettings, make: Callable[[float], Cell], start: float, *,
-          factor: float = 2.0, most: int = 12) -> Ladder:
-    """Runs at start, start * factor, ... until one blows up; downwards if the first one does.
+def next_rate(losses: dict[float, float], start: float, factor: float, below: bool,
+              ) -> float | None:
+    """The rate to try after these, whose final losses are known, infinite after a blow-up.
 
-    Raises ConfigError when all of `most` rates blow up.
+    Upwards until one is not stable; downwards while none is, and where `below` is asked for, while
+    the lowest rate has the lowest loss. None: the ladder has ended.
     """
-    losses, rate, blown = {}, start, None
-    for _ in range(most):
-        result = settings.carry_out([make(rate)])[0]
-        if blew_up(result):
-            blown = rate
-            if losses:
-                break
-            rate /= factor
-        else:
-            losses[rate] = result.loss
-            if blown:  # came from above
-                break
-            rate *= factor
     if not losses:
-        raise ConfigError(f"all of {most} learning rates from {start:g} downwards blew up; the "
-                          "cause is another setting")
-    best = min(losses, key=losses.get)
-    return Ladder(min(losses), max(losses), best, losses[best], blown)
+        return start
+    good = stable(losses)
+    if not good:
+        return min(losses) / factor
+    if max(losses) in good:
+        return max(losses) * factor
+    return min(losses) / factor if below and min(good, key=good.get) == min(losses) else None
+
+
+def stable(losses: dict[float, float]) -> dict[float, float]:
+    """The rates whose final loss is at most BLOW_UP times the ladder's lowest."""
+    limit = BLOW_UP * min(losses.values())
+    return {rate: loss for rate, loss in losses.items() if loss <= limit < math.inf}
+
+
+def climb(settings: RunSettings, ladders: Mapping[str, tuple[Callable[[float], Cell], float]], *,
+          factor: float = 2.0, most: int = 12, below: bool = False) -> dict[str, Ladder]:
+    """Climbs ladders of (cell at a rate, first rate) side by side, a rung of each at a time.
+
+    Raises ConfigError when all of `most` rates of one blow up.
+    """
+    losses: dict[str, dict[float, float]] = {name: {} for name in ladders}
+    for _ in range(most):
+        rates = {name: rate for name, (_, start) in ladders.items()
+                 if (rate := next_rate(losses[name], start, factor, below)) is not None}
+        found = settings.carry_out([ladders[name][0](rate) for name, rate in rates.items()])
+        for (name, rate), result in zip(rates.items(), found, strict=True):
+            losses[name][rate] = math.inf if blew_up(result) else result.loss
+    return {name: ladder(name, found) for name, found in losses.items()}
+
+
+def ladder(name: str, losses: dict[float, float]) -> Ladder:
+    """What these losses by rate say; raises ConfigError where no rate is stable."""
+    good = stable(losses)
+    if not good:
+        raise ConfigError(f"{name}: all of {len(losses)} learning rates from {max(losses):g} "
+                          "downwards blew up; the cause is another setting")
+    best = min(good, key=good.get)
+    return Ladder(min(losses), max(good), best, good[best],
+                  min((rate for rate in losses if rate > max(good)), default=None))
 
 
 def find_gamma(settings: GammaSettings, make: Callable[[float], Cell], start: float,
@@ -150,13 +176,13 @@ def search(settings: GammaSettings) -> dict[str, float]:
             text = "_".join(["rate", f"{rate:.4g}", *(f"{k}{v}" for k, v in found.items())])
             return Cell(text, scaled(given, settings.steps, learning_rate=f"{rate:.6g}", **fixed))
 
-        ladder = climb(settings, with_rate, config.learning_rate, factor=settings.factor,
-                       most=settings.most)
-        found["learning_rate"] = float(f"{ladder.best:.3g}")
-        blown = f"blew up at {ladder.blown:.3g}" if ladder.blown else "none blew up"
-        print(f"learning rates: largest stable {ladder.largest:.3g}, {blown}, lowest loss "
-              f"{ladder.best_loss:.4f} at {ladder.best:.3g}"
-              f"{', the lowest that was tried: try less' if ladder.best == ladder.least else ''}")
+        rates = climb(settings, {settings.config: (with_rate, config.learning_rate)},
+                      factor=settings.factor, most=settings.most, below=True)[settings.config]
+        found["learning_rate"] = float(f"{rates.best:.3g}")
+        blown = f"blew up at {rates.blown:.3g}" if rates.blown else "none blew up: raise --most"
+        print(f"learning rates: largest stable {rates.largest:.3g}, {blown}, lowest loss "
+              f"{rates.best_loss:.4f} at {rates.best:.3g}"
+              + ", the lowest that was tried: raise --most" * (rates.best == rates.least))
     return found
 
 

@@ -221,17 +221,38 @@ def test_the_finder_brackets_gamma_and_halves(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("limit, start, largest, blown", [
     (0.05, 0.01, 0.04, 0.08), (0.05, 0.4, 0.05, 0.1), (10, 0.01, 0.01 * 2**4, None)])
-def test_the_ladder_climbs_until_a_run_blows_up(tmp_path, monkeypatch, limit, start, largest,
-                                                blown):
+def test_ladders_climb_side_by_side_until_a_run_blows_up(tmp_path, monkeypatch, limit, start,
+                                                         largest, blown):
     def carry_out(self, cells):
-        rate = cells[0].config().learning_rate
-        return [recorded(tmp_path, [2] * 5 + [9 if rate > limit else 2 + (rate - 0.02) ** 2] * 5)]
+        rounds.append([c.name for c in cells])
+        rates = [c.config().learning_rate for c in cells]
+        return [recorded(tmp_path, [2] * 5 + [9 if r > limit else 2 + (r - 0.02) ** 2] * 5)
+                for r in rates]
 
+    def at(rate):
+        return Cell("x", (f"--learning_rate={rate}",))
+
+    rounds: list[list[str]] = []
     monkeypatch.setattr(runs.RunSettings, "carry_out", carry_out)
-    found = gamma.climb(runs.RunSettings(), lambda rate: Cell("x", (f"--learning_rate={rate}",)),
-                        start, most=5)
+    ladders = gamma.climb(runs.RunSettings(), {"a": (at, start), "b": (at, 0.02)}, most=5)
+    found = ladders["a"]
     assert found.largest == pytest.approx(largest) and found.blown == pytest.approx(blown)
     assert found.best == pytest.approx(0.02 if start < 0.02 else largest)
+    assert ladders["b"].best == 0.02 and len(rounds[0]) == 2
+    below = gamma.climb(runs.RunSettings(), {"a": (at, 0.02)}, below=True, most=9)["a"]
+    assert below.best == 0.02 and below.least == 0.01  # the best has a neighbour on either side
+    monkeypatch.setattr(gamma, "blew_up", lambda result: True)
+    with pytest.raises(gamma.ConfigError, match="all of 5 learning rates from 0.02"):
+        gamma.climb(runs.RunSettings(), {"a": (at, 0.02)}, most=5)
+
+
+def test_a_rate_that_unlearns_is_not_stable(tmp_path):
+    """A model that ends at the loss of byte frequencies never rose above what it had been."""
+    assert gamma.stable({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}) == {1.0: 2.4, 2.0: 2.9}
+    assert gamma.stable({1.0: math.inf, 2.0: math.inf}) == {}
+    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, below=False) is None
+    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, below=True) == 0.5
+    assert gamma.next_rate({1.0: 3.3}, 1.0, 2.0, below=False) == 2.0
 
 
 def test_gamma_and_rate_are_printed_as_config_lines(quick, tmp_path, capsys):

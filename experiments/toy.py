@@ -151,6 +151,8 @@ def main(argv: list[str]) -> None:
         print(table(found))
     except (ConfigError, OSError) as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ SMALL = dict(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=320, data
              batch_size=32, total_batch_size=32, max_iters=200, warmup_iters=20, eval_interval=20,
              eval_windows=400, log_interval=5, checkpoint_interval=1000, keep_best=False)
 SMALL_RATES, SMALL_GAMMAS, SMALL_ROWS = 6, 40, {240: 16, 32: 2}
-DEEP = dict(n_layer=8, max_iters=300, warmup_iters=30)  # Fig. 6b, small
+DEEP = dict(n_layer=8, n_embd=32, max_iters=200, warmup_iters=20)  # Fig. 6b, small
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The paper's T against T/2 protocol (its section 3.2) for any two settings.
 
     python -m experiments.compare --baseline=config/train_gpt2_small_adamw.py \
-        --candidate=config/train_gpt2_small_sophiag.py --max_iters=100000,200000 --seeds=1
+        --candidate=config/train_gpt2_small_sophiag.py --max_iters=100000,200000 --warmup=steps
     python -m experiments.compare --baseline="config/quickstart_adamw.py" --rates=0.5,1,2 \
         --candidate="config/quickstart.py,gamma_target=0.95" --max_iters=600 --ratios=0.5,0.7,1
 
@@ -9,8 +9,10 @@
 scheduled for T steps at its best learning rate, ends at. So for each T the baseline runs at every
 rate of its ladder with the first seed, then with the other seeds at the best; the candidate runs
 for each of `ratios` times T with every seed. Runs that have finished are not run again. A contender
-is a config file and settings after commas. Losses in the middle of a schedule decide nothing; they
-are drawn, and the table tells when a run first met the baseline's final loss.
+is a config file and settings after commas; both must train on the same dataset and context and be
+evaluated on the same windows. The warm-up keeps its share of a run; the paper's is 2000 steps in
+runs of every length, which --warmup=steps keeps. Losses in the middle of a schedule decide nothing;
+they are drawn, and the table tells when a run first met the baseline's final loss.
 Written to --out_dir: comparison.md, comparison.json, comparison.svg.
 """
 
@@ -19,6 +21,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from configurator import ConfigError, exit_with, knob, load
 from experiments.plot import COLOURS, pyplot
@@ -35,8 +38,11 @@ class CompareSettings(RunSettings):
     ratios: str = knob("0.5", "the candidate's lengths over T, comma-separated")
     rates: str = knob("1", "the baseline's ladder: multiples of its learning rate, comma-separated")
     seeds: int = knob(1, "runs of each setting, with seeds 0, 1, ...", low=1)
+    warmup: Literal["share", "steps"] = knob(
+        "share", "what of a config's warm-up is kept when the length is another")
 
     def check(self) -> None:
+        super().check()
         for key in ("baseline", "candidate"):
             if not getattr(self, key):
                 raise ConfigError(f"{key} is not given; give a config file, e.g. --{key}="
@@ -49,7 +55,11 @@ class CompareSettings(RunSettings):
     def lengths(self) -> list[int]:
         """The baseline's Ts."""
         return [int(x) for x in numbers(self, "max_iters", empty=True)] or \
-            [Cell("", flags(self.baseline)).config().max_iters]
+            [Cell("", self.contender(self.baseline)).config().max_iters]
+
+    def contender(self, text: str) -> tuple[str, ...]:
+        """train.py's arguments of a contender, with those for every run."""
+        return (*flags(text), *self.extra)
 
 
 def numbers(settings, key: str, *, empty: bool = False) -> list[float]:
@@ -71,38 +81,48 @@ def flags(contender: str) -> tuple[str, ...]:
     return tuple(part if part.endswith(".py") else f"--{part}" for part in parts)
 
 
-def one(name: str, contender: str, steps: int, seed: int, **settings) -> Cell:
+def one(settings: CompareSettings, name: str, contender: str, steps: int, seed: int,
+        **more) -> Cell:
     """The cell of a contender at a length, evaluated at least ten times."""
-    config = Cell("", flags(contender)).config()
-    every = min(config.eval_interval, max(1, steps // 10))
-    return Cell(f"{name}_s{seed}", scaled(flags(contender), steps, seed=seed, eval_interval=every,
-                                          **settings))
+    given = settings.contender(contender)
+    every = min(Cell("", given).config().eval_interval, max(1, steps // 10))
+    return Cell(f"{name}_s{seed}", scaled(given, steps, seed=seed, eval_interval=every,
+                                          keep_warmup=settings.warmup == "steps", **more))
+
+
+ALIKE = ("dataset", "block_size", "eval_windows")  # or the losses are not of the same thing
 
 
 def carry_out_all(settings: CompareSettings) -> dict:
     """Runs what is missing; {T: {"ladder": {rate: Result}, "baseline": [Result],
-    ratio: [Result]}}."""
-    base = Cell("", flags(settings.baseline)).config().learning_rate
-    rates = [base * x for x in numbers(settings, "rates")]
+    ratio: [Result]}}. Raises ConfigError, before anything has run, where a run would be refused or
+    the contenders cannot be compared."""
+    first, second = (Cell("", settings.contender(text)).config()
+                     for text in (settings.baseline, settings.candidate))
+    for key in ALIKE:
+        if getattr(first, key) != getattr(second, key):
+            raise ConfigError(f"the baseline has {key} = {getattr(first, key)!r}, the candidate "
+                              f"{getattr(second, key)!r}: their losses cannot be compared; give "
+                              "both the same", "baseline", "candidate")
+    rates = [first.learning_rate * x for x in numbers(settings, "rates")]
     lengths, ratios = settings.lengths(), numbers(settings, "ratios")
 
     def baseline(T: int, rate: float, seed: int) -> Cell:
-        return one(f"baseline_T{T}_lr{rate:.6g}", settings.baseline, T, seed, learning_rate=rate)
+        return one(settings, f"baseline_T{T}_lr{rate:.6g}", settings.baseline, T, seed,
+                   learning_rate=rate)
 
     def candidate(T: int, ratio: float, seed: int) -> Cell:
-        return one(f"candidate_{ratio:g}T{T}", settings.candidate, round(ratio * T), seed)
+        return one(settings, f"candidate_{ratio:g}T{T}", settings.candidate, round(ratio * T), seed)
 
     seeds = range(settings.seeds)
-    for T in lengths:  # a mistake shows before anything has run
-        for c in (*(baseline(T, rate, 0) for rate in rates), *(candidate(T, r, 0) for r in ratios)):
-            Cell(c.name, (*c.flags, *settings.flags.split())).config()
-    ladder = by_name(settings.carry_out(
-        [baseline(T, rate, 0) for T in lengths for rate in rates]))
+    tried = [baseline(T, rate, 0) for T in lengths for rate in rates]
+    judged = [candidate(T, ratio, s) for T in lengths for ratio in ratios for s in seeds]
+    settings.check_cells([*tried, *judged])
+    ladder = by_name(settings.carry_out(tried))
     best = {T: min(rates, key=lambda rate, T=T: ladder[baseline(T, rate, 0).name].loss)
             for T in lengths}
     rest = by_name(settings.carry_out(
-        [baseline(T, best[T], s) for T in lengths for s in seeds]
-        + [candidate(T, ratio, s) for T in lengths for ratio in ratios for s in seeds]))
+        [baseline(T, best[T], s) for T in lengths for s in seeds] + judged))
     return {T: {"ladder": {rate: ladder[baseline(T, rate, 0).name] for rate in rates},
                 "baseline": [rest[baseline(T, best[T], s).name] for s in seeds],
                 **{ratio: [rest[candidate(T, ratio, s).name] for s in seeds] for ratio in ratios}}
@@ -112,6 +132,11 @@ def carry_out_all(settings: CompareSettings) -> dict:
 def verdicts(found: dict) -> list[str]:
     """One sentence per T and ratio."""
     words = []
+    group = next(iter(found.values()))
+    first, second = group["baseline"][0].config, next(reversed(group.values()))[0].config
+    if first.tokens_per_step != second.tokens_per_step:
+        words.append(f"a step of the baseline sees {first.tokens_per_step:,} tokens, one of the "
+                     f"candidate {second.tokens_per_step:,}: equal steps are not equal data")
     for T, group in found.items():
         target = mean([r.loss for r in group["baseline"]])
         edge = list(group["ladder"])
@@ -190,9 +215,10 @@ def draw(found: dict, file: Path) -> None:
     for i, kind in enumerate(kinds):
         name = "baseline" if kind == "baseline" else f"candidate, {kind:g} T"
         for n, result in enumerate(group[kind]):
-            if result.points:
-                left.plot(*zip(*result.points, strict=True), color=COLOURS[i % len(COLOURS)],
-                          linewidth=1.4, marker="o", markersize=3, label=name if n == 0 else None)
+            left.plot([step for step, _ in result.points], [loss for _, loss in result.points],
+                      color=COLOURS[i % len(COLOURS)], linewidth=1.4, marker="o", markersize=3,
+                      label=name + " (diverged)" * result.diverged
+                      if n == 0 or result.diverged else None)
         means = [(g[kind][0].config.max_iters, mean([r.loss for r in g[kind]]))
                  for _, g in sorted(found.items())]
         right.plot(*zip(*means, strict=True), color=COLOURS[i % len(COLOURS)], marker="o",

@@ -26,12 +26,12 @@ from typing import Literal, NamedTuple
 from configurator import ConfigError, exit_with, knob, load
 from experiments.gamma import climb
 from experiments.plot import COLOURS, STYLES, pyplot
-from experiments.runs import Cell, Result, RunSettings, by_name
+from experiments.runs import Cell, Result, RunSettings, by_name, scaled
 
 # What the small preset lays over a config of the paper. Its steps are 240 times smaller in tokens,
 # so gamma is larger; its rates are those that suited AdamW there, in the paper's proportions.
 SMALL = dict(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=320, dataset="stdlib",
-             batch_size=32, total_batch_size=32, max_iters=200, warmup_iters=20, eval_interval=20,
+             total_batch_size=32, max_iters=200, warmup_iters=20, eval_interval=20,
              eval_windows=400, log_interval=5, checkpoint_interval=1000, keep_best=False)
 SMALL_RATES, SMALL_GAMMAS, SMALL_ROWS = 6, 40, {240: 16, 32: 2}
 DEEP = dict(n_layer=8, n_embd=32, max_iters=200, warmup_iters=20)  # Fig. 6b, small
@@ -48,29 +48,29 @@ class FigureSettings(RunSettings):
 
 
 def cell(settings: FigureSettings, name: str, file: str, **changes) -> Cell:
-    """A run of a config under the preset, with what the figure changes."""
+    """A run of a config under the preset and the user's flags, with what the figure changes."""
     file = f"config/{file}.py"
+    config, values = Cell("", (file,)).config(), {}
     if settings.preset == "small":
-        config = Cell("", (file,)).config()
         values = SMALL | dict(
+            batch_size=max(1, SMALL["total_batch_size"] // settings.nproc_per_node),
             learning_rate=config.learning_rate * SMALL_RATES,
             gamma=config.gamma * SMALL_GAMMAS if config.gamma < 1 else config.gamma,
             hessian_batch_size=SMALL_ROWS.get(config.hessian_batch_size, 16))
         if config.beta1 > 0.9:
             values["beta1"] = 0.9  # .96 forgets too slowly for so few steps
-        for key in ("learning_rate", "gamma"):
-            values[key] *= changes.pop(f"{key}_times", 1)
-    else:
-        config, values = Cell("", (file,)).config(), {}
-        for key in ("learning_rate", "gamma"):
-            if f"{key}_times" in changes:
-                values[key] = getattr(config, key) * changes.pop(f"{key}_times")
-    values |= changes
+    for key in ("learning_rate", "gamma"):
+        if f"{key}_times" in changes:
+            changes[key] = values.get(key, getattr(config, key)) * changes.pop(f"{key}_times")
+    preset = (file, *_as_flags(values), *settings.extra)
     if settings.max_iters:
-        share = settings.max_iters / values.get("max_iters", config.max_iters)
-        values |= dict(max_iters=settings.max_iters, warmup_iters=round(
-            values.get("warmup_iters", config.warmup_iters) * share))
-    return Cell(f"{settings.preset}_{name}", (file, *(f"--{k}={v}" for k, v in values.items())))
+        preset = scaled(preset, settings.max_iters)
+        changes = {k: v for k, v in changes.items() if k not in ("max_iters", "warmup_iters")}
+    return Cell(f"{settings.preset}_{name}", (*preset, *_as_flags(changes)))
+
+
+def _as_flags(values: dict) -> tuple[str, ...]:
+    return tuple(f"--{key}={value}" for key, value in values.items())
 
 
 class Found(NamedTuple):
@@ -154,29 +154,29 @@ def figure_6a(settings: FigureSettings) -> Found:
 
 def figure_6b(settings: FigureSettings) -> Found:
     """The largest rate that does not blow up, with and without inverse-layer scaling."""
-    def rung(method: str, scaled: bool) -> tuple[Callable[[float], Cell], float]:
-        changes = dict(scale_attn_by_inverse_layer_idx=scaled, grad_clip=1.0)
+    def rung(method: str, inverse: bool) -> tuple[Callable[[float], Cell], float]:
+        changes = dict(scale_attn_by_inverse_layer_idx=inverse, grad_clip=1.0)
         if settings.preset == "small":
             changes |= DEEP
         file = f"train_gpt2_medium_{method}"
-        name = f"6b_{method}_{'scaled' if scaled else 'plain'}"
+        name = f"6b_{method}_{'scaled' if inverse else 'plain'}"
         return (lambda rate: cell(settings, f"{name}_{rate:.3g}", file, learning_rate=rate,
                                   **changes)), cell(settings, "", file).config().learning_rate
 
-    kinds = [(method, scaled) for method in ("adamw", "lion", "sophiag")
-             for scaled in (False, True)]
+    kinds = [(method, inverse) for method in ("adamw", "lion", "sophiag")
+             for inverse in (False, True)]
     found = climb(settings, {f"{m}, {'scaled' if s else 'plain'}": rung(m, s) for m, s in kinds},
                   factor=2.0 if settings.preset == "paper" else 4.0)
     rows, bars = [], {}
-    for (method, scaled), ladder in zip(kinds, found.values(), strict=True):
-        bars[method, scaled] = ladder.largest
-        rows.append([method, "yes" if scaled else "no", f"{ladder.largest:.3g}",
+    for (method, inverse), ladder in zip(kinds, found.values(), strict=True):
+        bars[method, inverse] = ladder.largest
+        rows.append([method, "yes" if inverse else "no", f"{ladder.largest:.3g}",
                      f"{ladder.best:.3g}", f"{ladder.best_loss:.4f}",
                      f"{ladder.blown:.3g}" if ladder.blown else "none tried"])
 
     def draw(axes) -> None:
-        for i, ((_, scaled), rate) in enumerate(bars.items()):
-            axes.bar(i, rate, color=COLOURS[i // 2], alpha=1 if scaled else 0.5)
+        for i, ((_, inverse), rate) in enumerate(bars.items()):
+            axes.bar(i, rate, color=COLOURS[i // 2], alpha=1 if inverse else 0.5)
         axes.set_xticks(range(len(bars)), [f"{m}\n{'scaled' if s else 'plain'}" for m, s in bars])
         axes.set_yscale("log")
         axes.set_ylabel("largest stable learning rate")

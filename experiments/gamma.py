@@ -3,15 +3,16 @@
     python -m experiments.gamma --config=config/train_gpt2_30m_sophiag.py --steps=500
     python -m experiments.gamma --config="config/quickstart_adamw.py" --find=rate --steps=200
 
-Gamma (the paper's rule): between 10 and 50 % of the coordinates shall be unclipped. It is moved by
-factors of ten until the share, averaged over the second half of a short run, has passed the middle
-of that range, then halved in the logarithm.
-The rate: it climbs by `factor` until a run blows up, which is when it diverges; when its training
-loss, averaged over five records, is after the warm-up more than 1.25 times what it had been before;
-or when it ends at more than 1.25 times the ladder's lowest loss. Then it descends while the lowest
-rate is the best.
-Both print the lines to paste into a config. The schedule of a short run is the config's,
-compressed. Results of runs are kept in --out_dir and used again.
+Gamma (the paper's rule): between 10 and 50 % of the coordinates shall be unclipped, on average over
+the second half of a run. From a run below or above that range gamma moves by factors of ten until
+the range has been passed over, then it is halved in the logarithm.
+The rate descends by `factor` until the lowest one is more than a hundredth worse than the best,
+then climbs until a run blows up, which is when it diverges; when its training loss, averaged over
+five records, is after the warm-up more than 1.25 times what it had been before; or when it ends at
+more than 1.25 times the ladder's lowest loss.
+Both print the lines to paste into a config. A short run has the config's schedule, compressed, and
+h corrected for its bias: without that, h would be a fraction of what it is in the config's own,
+longer run, and gamma too large for it. Results of runs are kept in --out_dir and used again.
 """
 
 import math
@@ -23,9 +24,11 @@ from typing import Literal, NamedTuple
 from configurator import ConfigError, exit_with, knob, load
 from experiments.compare import flags
 from experiments.runs import Cell, Result, RunSettings, mean, scaled
+from optimizers import OPTIMIZERS
 
 RANGE = (0.1, 0.5)  # of unclipped coordinates, the paper's section 3.1
 BLOW_UP, AVERAGED = 1.25, 5
+WORSE = 1.01  # than the best: below it, seeds and rounding decide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class GammaSettings(RunSettings):
     most: int = knob(12, "runs of each search at most", low=2)
 
     def check(self) -> None:
+        super().check()
         if not self.config:
             raise ConfigError("config is not given; give a file, e.g. "
                               "--config=config/quickstart.py", "config")
@@ -66,7 +70,7 @@ def blew_up(result: Result) -> bool:
     lowest = math.inf
     for last in range(AVERAGED, len(records) + 1):
         part = records[last - AVERAGED:last]
-        loss = mean([r["train/loss"] for r in part])
+        loss = mean([math.inf if r["train/loss"] is None else r["train/loss"] for r in part])
         if part[0]["step"] >= result.config.warmup_iters and loss > BLOW_UP * lowest:
             return True
         lowest = min(lowest, loss)
@@ -77,17 +81,16 @@ def next_rate(losses: dict[float, float], start: float, factor: float, below: bo
               ) -> float | None:
     """The rate to try after these, whose final losses are known, infinite after a blow-up.
 
-    Upwards until one is not stable; downwards while none is, and where `below` is asked for, while
-    the lowest rate has the lowest loss. None: the ladder has ended.
+    Downwards while none is stable, and where `below` is asked for, until the lowest is clearly
+    worse than the best; then upwards until one is not stable. None: the ladder has ended.
     """
     if not losses:
         return start
     good = stable(losses)
-    if not good:
-        return min(losses) / factor
-    if max(losses) in good:
-        return max(losses) * factor
-    return min(losses) / factor if below and min(good, key=good.get) == min(losses) else None
+    lowest, highest = min(losses), max(losses)
+    if not good or (below and losses[lowest] <= WORSE * min(good.values())):
+        return lowest / factor
+    return highest * factor if highest in good else None
 
 
 def stable(losses: dict[float, float]) -> dict[float, float]:
@@ -106,6 +109,8 @@ def climb(settings: RunSettings, ladders: Mapping[str, tuple[Callable[[float], C
     for _ in range(most):
         rates = {name: rate for name, (_, start) in ladders.items()
                  if (rate := next_rate(losses[name], start, factor, below)) is not None}
+        if not rates:
+            break
         found = settings.carry_out([ladders[name][0](rate) for name, rate in rates.items()])
         for (name, rate), result in zip(rates.items(), found, strict=True):
             losses[name][rate] = math.inf if blew_up(result) else result.loss
@@ -126,37 +131,43 @@ def ladder(name: str, losses: dict[float, float]) -> Ladder:
 def find_gamma(settings: GammaSettings, make: Callable[[float], Cell], start: float,
                say=print) -> float:
     """A gamma whose unclipped share is in RANGE; raises ConfigError when there is none."""
-    target = math.sqrt(RANGE[0] * RANGE[1])
     low = high = None  # gammas with too small and too large a share
-    gamma = start
+    gamma, diverged = start, 0
     for _ in range(settings.most):
         result = settings.carry_out([make(gamma)])[0]
         share = 0.0 if result.diverged else result.mean("unclipped_fraction", 0.5)
+        diverged += result.diverged
         if math.isnan(share):
             raise ConfigError(f"{settings.config} records no unclipped fraction: its optimizer "
                               "has no gamma; use --find=rate", "config")
         say(f"gamma {gamma:.4g}: {share:.1%} unclipped, loss {result.loss:.4f}")
-        close = 0.6 * target <= share <= 1.6 * target
-        if close:
+        if RANGE[0] <= share <= RANGE[1]:
             return gamma
-        if share < target:
+        if share < RANGE[0]:
             low = gamma
         else:
             high = gamma
         if low is None or high is None:
-            gamma *= 10 if share < target else 0.1
+            gamma *= 10 if share < RANGE[0] else 0.1
         else:
             gamma = math.sqrt(low * high)
-    raise ConfigError(f"no gamma near {gamma:.3g} gave {RANGE[0]:.0%} to {RANGE[1]:.0%} unclipped "
-                      f"coordinates in {settings.most} runs; raise --most or --steps", "most")
+    if diverged == settings.most:
+        raise ConfigError(f"all of {diverged} runs diverged, whatever gamma; lower the learning "
+                          "rate", "config")
+    raise ConfigError(f"none of {settings.most} gammas gave {RANGE[0]:.0%} to {RANGE[1]:.0%} "
+                      "unclipped coordinates; raise --most or --steps", "most")
 
 
 def search(settings: GammaSettings) -> dict[str, float]:
     """The settings found, by their keys."""
-    given = flags(settings.config)
+    given = (*flags(settings.config), *settings.extra)
     config = Cell("", given).config()
     every = max(1, settings.steps // 50)
     common = dict(log_interval=every, eval_interval=settings.steps)
+    known = OPTIMIZERS.get(config.optimizer)
+    if known is not None and known.is_sophia and not config.gamma_target \
+            and settings.steps < config.max_iters:
+        common["hessian_bias_correction"] = True
     found: dict[str, float] = {}
     if settings.find in ("gamma", "both"):
         if config.gamma_target:

@@ -6,21 +6,25 @@ where it stopped; a `Result` is what a finished run says of itself. A run that d
 ends with 1) is a result too: its loss is infinite.
 """
 
-import json
 import math
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import dry_run
-from configurator import Config, ConfigError, Settings, knob, load
+import optimizers
+from configurator import Config, ConfigError, Settings, as_dict, knob, load
 from experiments.plot import read_config, read_metrics
-from optimizers import with_own_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,15 +35,30 @@ class RunSettings(Settings):
 
     out_dir: str = knob("out/experiment", "folder that receives the runs, a table and pictures",
                         section="runs")
-    flags: str = knob("", "train.py's flags for every run, e.g. \"--dataset=mine --compile=off\"")
+    flags: str = knob("", "train.py's flags for every run, e.g. \"--dataset=mine --compile=off\"; "
+                          "what the experiment itself sets, it sets after them")
     jobs: int = knob(1, "runs at the same time; the processor's cores are shared out", low=1)
     nproc_per_node: int = knob(1, "ranks of each run, under torchrun", low=1)
 
+    def check(self) -> None:
+        try:
+            shlex.split(self.flags)
+        except ValueError as error:
+            raise ConfigError(f"flags = {self.flags!r}: {error}", "flags") from None
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """The flags for every run."""
+        return tuple(shlex.split(self.flags))
+
+    def check_cells(self, cells: Iterable["Cell"]) -> None:
+        """`check_cells` as these settings ask."""
+        check_cells(list(cells), Path(self.out_dir), self.nproc_per_node)
+
     def carry_out(self, cells: Iterable["Cell"]) -> list["Result"]:
         """`carry_out` as these settings ask."""
-        extra = tuple(self.flags.split())
-        return carry_out([Cell(c.name, (*c.flags, *extra)) for c in cells], Path(self.out_dir),
-                         jobs=self.jobs, ranks=self.nproc_per_node)
+        return carry_out(list(cells), Path(self.out_dir), jobs=self.jobs,
+                         ranks=self.nproc_per_node)
 
 
 @dataclass(frozen=True)
@@ -49,9 +68,14 @@ class Cell:
     name: str
     flags: tuple[str, ...]
 
+    def load(self) -> tuple[Config, dict[str, str]]:
+        """The resolved settings, and where each given key came from; raises ConfigError."""
+        config, given = load(Config, list(self.flags), "train.py")
+        return optimizers.with_own_defaults(config, given), given
+
     def config(self) -> Config:
         """The resolved settings; raises ConfigError."""
-        return with_own_defaults(*load(Config, list(self.flags), "train.py"))
+        return self.load()[0]
 
 
 @dataclass(frozen=True)
@@ -112,85 +136,182 @@ class Result:
     @property
     def flops(self) -> float:
         """6 N + 12 L d T per token, and the estimates'."""
-        return self.tokens * self.plan.flops_per_token * (1 + self.plan.estimate_share)
+        estimates = math.ceil(self.steps / self.config.hessian_interval)
+        worth = self.plan.estimate_share * self.config.hessian_interval  # steps per estimate
+        return (self.steps + worth * estimates) * self.config.tokens_per_step \
+            * self.plan.flops_per_token
 
     def steps_to(self, loss: float) -> int | None:
         """Steps until the first evaluation at or below this loss; None: never."""
         return next((step for step, found in self.points if found <= loss < math.inf), None)
 
     def mean(self, key: str, first: float = 0.0) -> float:
-        """Of a recorded number, over the records after this fraction of the run."""
-        found = [r[key] for r in self.records
-                 if r.get(key) is not None and r["step"] >= first * self.config.max_iters]
-        return sum(found) / len(found) if found else math.nan
+        """Of a recorded number, over the steps after this fraction of the run.
+
+        A record counts for the steps since the one before it.
+        """
+        total, steps, last = 0.0, 0, -1
+        for r in self.records:
+            if r.get(key) is not None:
+                if r["step"] >= first * self.config.max_iters:
+                    total += r[key] * (r["step"] - last)
+                    steps += r["step"] - last
+                last = r["step"]
+        return total / steps if steps else math.nan
 
 
 def carry_out(cells: Sequence[Cell], out_dir: Path, *, jobs: int = 1, ranks: int = 1,
               say: Callable[[str], object] = print) -> list[Result]:
     """Results of the cells in their order; runs those that have none yet.
 
-    Raises ConfigError before the first run where a cell's settings are wrong, two cells share a
-    name, or a folder holds another run; RuntimeError where a run ended otherwise than by finishing
-    or diverging.
+    Raises ConfigError before the first run as `check_cells` does; RuntimeError where a run ended
+    otherwise than by finishing or diverging. Runs that are going on then, or when this process is
+    asked to stop, are asked to save and stop.
     """
-    names = [cell.name for cell in cells]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"two runs would share the name {min(twice)}; their settings are too "
-                          "close to each other")
-    for cell in cells:
-        cell.config()
-        held = _flags_of(out_dir / cell.name)
-        if held is not None and held != list(cell.flags):
-            raise ConfigError(f"{out_dir / cell.name} holds a run with other settings "
-                              f"({' '.join(held)}); give another --out_dir", "out_dir")
+    check_cells(cells, out_dir, ranks)
     threads = max(1, (os.cpu_count() or 1) // (jobs * ranks))
+    going = _Going()
 
     def one(cell: Cell) -> Result:
         folder = out_dir / cell.name
         if (found := _finished(cell, folder)) is None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "cell.json").write_text(json.dumps(list(cell.flags)))
             except OSError as error:
                 raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another "
                                   "--out_dir", "out_dir") from None
-            _run(cell, folder, ranks, threads)
+            log = _run(cell, folder, ranks, threads, going)
             found = _finished(cell, folder)
             if found is None:
-                log = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-                raise RuntimeError(f"{folder} did not finish: {log[-1] if log else 'no output'}")
+                raise RuntimeError(f"{folder} did not finish: {_reason(log)}")
             say(f"{cell.name}: loss {found.loss:.4f} after {found.config.max_iters:,} steps")
         return found
 
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(one, cell) for cell in cells]
+    def one_unless_stopped(cell: Cell) -> Result | None:
+        if going.error is not None:
+            return None
         try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
+            return one(cell)
+        except Exception as error:
+            going.stop(error)
+            return None
+
+    with _sigterm_raises(), ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(one_unless_stopped, cell) for cell in cells]
+        try:
+            results = [future.result() for future in futures]
+        except BaseException as stopped:
+            going.stop(stopped)
             raise
+    if going.error is not None:
+        raise going.error
+    return results
 
 
-def _flags_of(folder: Path) -> list[str] | None:
-    """The flags of the run that a folder holds; None where none was begun."""
+SET_HERE = dict(init_from=("scratch", "auto"), eval_only=(False,), dry_run=(False,))
+
+
+def check_cells(cells: Sequence[Cell], out_dir: Path, ranks: int = 1) -> None:
+    """Raises ConfigError where a cell's settings are wrong or not a training run's, two cells share
+    a name, or a folder holds a run with other settings."""
+    names = [cell.name for cell in cells]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"two runs would share the name {min(twice)}; their settings are too "
+                          "close to each other")
+    for cell in cells:
+        config = cell.config()
+        for key, allowed in SET_HERE.items():
+            if getattr(config, key) not in allowed:
+                raise ConfigError(f"{key} = {getattr(config, key)!r} is not for an experiment, "
+                                  "whose runs train from scratch or go on; leave it out", key)
+        config.check_world(ranks)
+        optimizers.check(config, ranks)
+        folder = out_dir / cell.name
+        other = _differs(as_dict(config), folder)
+        if other is not None:
+            key, held, asked = other
+            raise ConfigError(f"{folder} holds a run with other settings: {key} = {held!r} there, "
+                              f"{asked!r} here; give another --out_dir", "out_dir")
+
+
+def _differs(asked: dict, folder: Path) -> tuple[str, object, object] | None:
+    """(key, value there, value asked) of a setting in which the run that a folder holds differs."""
     try:
-        return json.loads((folder / "cell.json").read_text())
-    except (OSError, ValueError):  # a write that was interrupted
+        held = read_config(folder)
+    except ConfigError:  # none was begun, or its first write was interrupted
         return None
+    derived = {"vocab_size": 0, "dtype": "auto"}  # what stands for train.py's choice
+    for key, value in asked.items():
+        if key not in ("out_dir", "init_from") and value != held.get(key) \
+                and derived.get(key) != value:
+            return key, held.get(key), value
+    return None
 
 
-def _run(cell: Cell, folder: Path, ranks: int, threads: int) -> None:
+@dataclass
+class _Going:
+    """The processes of the runs that are going on, and why they shall not."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    processes: list[subprocess.Popen] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def start(self, command: list[str], **more) -> subprocess.Popen:
+        with self.lock:
+            if self.error is not None:
+                raise self.error
+            process = subprocess.Popen(command, **more)
+            self.processes.append(process)
+            return process
+
+    def stop(self, error: BaseException) -> None:
+        """Asks them to save and end; none starts any more."""
+        with self.lock:
+            self.error = self.error or error
+            for process in self.processes:
+                if process.poll() is None:
+                    process.terminate()
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends this process by an exception, so that its runs are stopped first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(cell: Cell, folder: Path, ranks: int, threads: int, going: _Going) -> str:
+    """Runs train.py to its end; what it printed."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    with open(folder / "log.txt", "w") as log:
-        code = subprocess.run([*launch, "train.py", *cell.flags, f"--out_dir={folder.resolve()}",
-                               "--init_from=auto"], cwd=ROOT, stdout=log, stderr=log,
-                              env=environment).returncode
-    if code == 1 and "not finite" in (folder / "log.txt").read_text(errors="replace"):
+    with open(folder / "log.txt", "a+", errors="replace") as log:
+        begin = log.seek(0, os.SEEK_END)
+        code = going.start([*launch, "train.py", *cell.flags, f"--out_dir={folder.resolve()}",
+                            "--init_from=auto"], cwd=ROOT, stdout=log, stderr=log,
+                           env=environment).wait()
+        log.seek(begin)
+        text = log.read()
+    if code == 1 and "not finite" in text:
         (folder / "diverged").touch()
+    return text
+
+
+def _reason(log: str) -> str:
+    """The line of a log that says why a run ended; under torchrun more lines follow it."""
+    lines = log.strip().splitlines() or ["no output"]
+    return next((line for line in lines if re.search(r"[eE]rror: ", line)), lines[-1])
 
 
 def _finished(cell: Cell, folder: Path) -> Result | None:
@@ -210,10 +331,20 @@ def by_name(results: Iterable[Result]) -> dict[str, Result]:
     return {result.name: result for result in results}
 
 
-def scaled(flags: tuple[str, ...], steps: int, **settings) -> tuple[str, ...]:
-    """Arguments for a run of another length: its warm-up keeps its share of the run."""
-    config = Cell("", flags).config()
-    warmup = round(config.warmup_iters * steps / config.max_iters)
+def scaled(flags: tuple[str, ...], steps: int, *, keep_warmup: bool = False,
+           **settings) -> tuple[str, ...]:
+    """Arguments for a run of another length: its warm-up keeps its share of the run, or its steps.
+
+    Flags that give a warm-up and no length are taken as written for this one. Raises ConfigError
+    where the warm-up does not fit.
+    """
+    config, given = Cell("", flags).load()
+    written_for = config.max_iters if "max_iters" in given or "warmup_iters" not in given else steps
+    warmup = config.warmup_iters if keep_warmup else round(
+        config.warmup_iters * steps / written_for)
+    if 0 < warmup >= steps:
+        raise ConfigError(f"a warm-up of {warmup:,} steps does not fit into a run of {steps:,}; "
+                          "set warmup_iters", "warmup_iters")
     values = dict(max_iters=steps, warmup_iters=warmup) | settings
     return (*flags, *(f"--{key}={value}" for key, value in values.items()))
 

@@ -123,12 +123,14 @@ class StudySettings(RunSettings):
 
 
     def check(self) -> None:
+        super().check()
         if self.bpe == self.bytes == "-":
             raise ConfigError("--bpe and --bytes are both left out; give a folder", "bpe", "bytes")
 
 
 def cell(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0, share: float = 1.0,
-         rows: int = 1, larger: bool = False, gamma: float | None = None) -> Cell:
+         rows: int = 1, larger: bool = False, gamma: float | None = None,
+         extra: tuple[str, ...] = ()) -> Cell:
     """A run of `share` of the corpus's steps, on `rows` times its rows per step."""
     batch, steps = CORPORA[corpus]
     batch, steps = batch * rows, round(steps * share)
@@ -141,13 +143,14 @@ def cell(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0, sh
         sizes["hessian_batch_size"] = batch // 2  # the paper's half
     text = f"{corpus}_{method}_{lr:g}" + f"_{share:g}T" * (share != 1) + f"_x{rows}" * (rows > 1) \
         + "_larger" * larger
-    return Cell(f"{text}_s{seed}", (*MODEL, *LARGER * larger, *flags,
+    return Cell(f"{text}_s{seed}", (*MODEL, *LARGER * larger, *extra, *flags,
                                     *(f"--{k}={v}" for k, v in sizes.items())))
 
 
-def cells(corpus: str, dataset: str) -> list[Cell]:
-    """The runs on a corpus, prepared in the folder `dataset`."""
-    return [cell(corpus, dataset, method, lr, **more) for method, lr, more in RUNS[corpus]]
+def cells(corpus: str, dataset: str, extra: tuple[str, ...] = ()) -> list[Cell]:
+    """The runs on a corpus, prepared in the folder `dataset`, with flags for every run."""
+    return [cell(corpus, dataset, method, lr, extra=extra, **more)
+            for method, lr, more in RUNS[corpus]]
 
 
 def grouped(results: list[Result]) -> dict[str, list[Result]]:
@@ -159,43 +162,60 @@ def grouped(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def table(results: list[Result]) -> str:
-    """One line per setting, the lowest loss of seed 0 first."""
-    lines = ["| method | learning rate | tokens per step | steps | loss of seeds 0, 1 | "
-             "unclipped |", "|---" * 6 + "|"]
-    for name, found in sorted(grouped(results).items(), key=lambda item: item[1][0].loss):
+    """One line per setting: by model and tokens per step, the lowest loss of seed 0 first."""
+    lines = ["| method | learning rate | parameters | tokens per step | steps | "
+             "loss of seeds 0, 1 | unclipped |", "|---" * 7 + "|"]
+    rows = sorted(grouped(results).items(),
+                  key=lambda item: (*size(item[1][0]), item[1][0].loss))
+    for name, found in rows:
         config = found[0].config
         unclipped = found[0].mean("unclipped_fraction", 0.5)
         lines.append(
-            f"| {name.split('_')[1]} | {config.learning_rate:g} | {config.tokens_per_step:,} | "
+            f"| {name.split('_')[1]} | {config.learning_rate:g} | "
+            f"{found[0].plan.parameters / 1e6:.1f}M | {config.tokens_per_step:,} | "
             f"{config.max_iters:,} | {', '.join(f'{r.loss:.4f}' for r in found)} | "
             f"{'' if math.isnan(unclipped) else f'{unclipped:.0%}'} |")
     return "\n".join(lines)
 
 
+def size(result: Result) -> tuple[int, int]:
+    """(parameters, tokens per step): what a comparison holds fixed."""
+    return result.plan.parameters, result.config.tokens_per_step
+
+
 def draw(corpora: dict[str, list[Result]], file: Path) -> None:
-    """Validation losses of each method's best full-length setting, seed 0, a panel per corpus."""
+    """Validation losses of each method's best full-length setting, seed 0.
+
+    A panel per corpus, model and batch at which more than one method was run.
+    """
     plt = pyplot()
-    figure, panels = plt.subplots(1, len(corpora), figsize=(5.2 * len(corpora), 3.8),
-                                  layout="constrained", squeeze=False)
-    for axes, (corpus, results) in zip(panels[0], corpora.items(), strict=True):
-        batch, steps = CORPORA[corpus]
-        best: dict[str, Result] = {}
+    panels: dict[tuple, dict[str, Result]] = {}
+    for corpus, results in corpora.items():
         for r in (r for r in results if r.name.endswith("_s0")):  # the seed that all have
             method = r.name.split("_")[1]
-            whole = r.config.max_iters == steps and r.config.total_batch_size == batch
-            if whole and method in PLOTTED and r.loss < getattr(best.get(method), "loss", math.inf):
+            best = panels.setdefault((corpus, *size(r)), {})
+            if r.config.max_iters == CORPORA[corpus][1] and method in PLOTTED \
+                    and r.loss < getattr(best.get(method), "loss", math.inf):
                 best[method] = r
+    panels = {key: best for key, best in sorted(panels.items()) if len(best) > 1}
+    rows = -(-len(panels) // 3) or 1
+    figure, grid = plt.subplots(rows, min(3, len(panels) or 1), figsize=(
+        4.2 * min(3, len(panels) or 1), 3.6 * rows), layout="constrained", squeeze=False)
+    for axes in grid.flat[len(panels):]:
+        axes.set_axis_off()
+    for axes, ((corpus, parameters, tokens), best) in zip(grid.flat, panels.items(), strict=False):
         for i, method in enumerate(PLOTTED):
             if method in best:
                 axes.plot(*zip(*best[method].points, strict=True), color=COLOURS[i], linewidth=1.5,
                           linestyle=STYLES[i % len(STYLES)], marker="o", markersize=3,
                           label=PLOTTED[method])
-        axes.set_title(f"{corpus}: {batch * 128:,} tokens per step", loc="left", fontsize="medium")
+        axes.set_title(f"{corpus}: {parameters / 1e6:.1f}M parameters, {tokens:,} tokens per step",
+                       loc="left", fontsize="small")
         axes.set_xlabel("training steps")
+        axes.set_ylabel("validation loss, nats per token")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0, 0].set_ylabel("validation loss, nats per token")
-    panels[0, -1].legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small")
     figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
 
@@ -210,7 +230,7 @@ def main(argv: list[str]) -> None:
         settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
         pyplot()  # better missed now than after the runs
         folders = {c: getattr(settings, c) for c in CORPORA if getattr(settings, c) != "-"}
-        lists = [cells(corpus, folder) for corpus, folder in folders.items()]
+        lists = [cells(corpus, folder, settings.extra) for corpus, folder in folders.items()]
         results = settings.carry_out(list(filter(None, chain.from_iterable(zip_longest(*lists)))))
         corpora = {corpus: [r for r in results if r.name.startswith(f"{corpus}_")]
                    for corpus in folders}

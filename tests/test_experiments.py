@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -21,19 +25,24 @@ QUICK = ("--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--batch_s
 @pytest.fixture
 def quick(data_dir, monkeypatch):
     """train.py's flags for such a run; train.py itself runs in this process."""
-    import subprocess
-
     import train
 
-    def run(command, stdout=None, stderr=None, **_):
-        with redirect_stdout(stdout), redirect_stderr(stderr):
-            try:
-                train.main(command[command.index("train.py") + 1:])
-            except SystemExit as ended:
-                return subprocess.CompletedProcess(command, ended.code)
-        return subprocess.CompletedProcess(command, 0)
+    class Here:
+        def __init__(self, command, stdout, stderr, **_):
+            self.command, self.stdout, self.stderr = command, stdout, stderr
 
-    monkeypatch.setattr(runs.subprocess, "run", run)
+        def wait(self):
+            with redirect_stdout(self.stdout), redirect_stderr(self.stderr):
+                try:
+                    train.main(self.command[self.command.index("train.py") + 1:])
+                except SystemExit as ended:
+                    return ended.code
+            return 0
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(runs.subprocess, "Popen", Here)
     return (*QUICK, f"--dataset={data_dir}")
 
 
@@ -80,9 +89,9 @@ def test_a_list_of_runs_goes_on_where_it_stopped(quick, tmp_path):
     assert both[0].loss == first[0].loss == both[0].records[-1]["val/loss"]
     assert both[0].tokens == 6 * 32 and both[0].seconds > 0
     per_token = both[0].flops / both[0].tokens
-    # one estimate on half the batch in ten steps
     N = 8 * 64 * ((257 + 63) // 64) + 12 * 8 * 8 + 8 * 3
-    assert per_token == pytest.approx((6 * N + 12 * 8 * 8) * 1.05)
+    # the first of ten steps has an estimate, on half of its rows; six steps were made
+    assert per_token == pytest.approx((6 * N + 12 * 8 * 8) * (6 + 0.5) / 6)
 
 
 def test_a_folder_with_another_run_is_refused_before_any_run(quick, tmp_path):
@@ -94,6 +103,86 @@ def test_a_folder_with_another_run_is_refused_before_any_run(quick, tmp_path):
     assert not (tmp_path / "b").exists()
     with pytest.raises(runs.ConfigError, match="unknown key"):
         runs.carry_out([Cell("c", ("--lr=1",))], tmp_path)
+
+
+def test_a_config_file_that_was_changed_is_not_taken_for_the_run_that_finished(quick, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("learning_rate = 1e-3\n")
+    cell = Cell("a", (*quick, str(file)))
+    runs.carry_out([cell], tmp_path)
+    file.write_text("learning_rate = 1e-2\n")
+    with pytest.raises(runs.ConfigError, match=r"learning_rate = 0.001 there, 0.01 here"):
+        runs.carry_out([cell], tmp_path)
+
+
+@pytest.mark.parametrize("flags, ranks, words", [
+    (["--init_from=ckpt.pt"], 1, "init_from = 'ckpt.pt' is not for an experiment"),
+    (["--eval_only"], 1, "eval_only = True is not"), (["--dry_run"], 1, "dry_run = True is not"),
+    ([], 8, "total_batch_size = 4 is not a multiple of batch_size = 4 x 8 ranks"),
+    (["--optimizer=sofia"], 1, "optimizer = 'sofia' is none of"),
+    (["--hessian_batch_size=8"], 1, "hessian_batch_size = 8")])
+def test_what_train_would_refuse_is_refused_before_the_first_run(quick, tmp_path, flags, ranks,
+                                                                 words):
+    cells = [Cell("a", quick), Cell("b", (*quick, *flags))]
+    with pytest.raises(runs.ConfigError, match=words):
+        runs.carry_out(cells, tmp_path, ranks=ranks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_run_leaves_its_folder_to_the_corrected_one(quick, tmp_path):
+    with pytest.raises(RuntimeError, match="error: nowhere"):
+        runs.carry_out([Cell(n, (*quick, "--dataset=nowhere", f"--seed={i}"))
+                        for i, n in enumerate("abcd")], tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]  # the others did not begin
+    assert runs.carry_out([Cell("a", quick)], tmp_path)[0].steps == 6
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_stops_its_runs_and_goes_on_later(data_dir, tmp_path, number,
+                                                                    code):
+    """Only the command gets the signal, as from a scheduler; its run saves and ends."""
+    flags = ",".join(flag[2:] for flag in (*QUICK, "--eval_interval=1000", f"--dataset={data_dir}"))
+    out = tmp_path / "o o"
+    command = [sys.executable, "-m", "experiments.compare", f"--out_dir={out}", "--ratios=0.005",
+               f"--baseline=optimizer=adamw,{flags}", f"--candidate=optimizer=sophiag,{flags}",
+               "--max_iters=2000", "--flags=--checkpoint_interval=100000 --keep_best=False"]
+    folder = out / "baseline_T2000_lr0.0006_s0"
+    first = subprocess.Popen(command, cwd=runs.ROOT)
+    try:
+        until = time.monotonic() + 60
+        while not (folder / "metrics.jsonl").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        first.send_signal(number)
+        assert first.wait(60) == code
+    finally:
+        first.kill()
+    done = int((folder / "latest").read_text()[5:])
+    assert 0 < done < 2000 and "stopped by" in (folder / "log.txt").read_text()
+    assert "T = 2,000" in subprocess.check_output(command, cwd=runs.ROOT, text=True)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    assert steps == list(range(2000))
+
+
+def test_two_ranks_carry_out_a_run(data_dir, tmp_path):
+    cell = Cell("a", (*QUICK, f"--dataset={data_dir}", "--batch_size=2"))
+    result, = runs.carry_out([cell], tmp_path, ranks=2)
+    assert result.steps == 6 and result.records[-1]["val/loss"] == result.loss
+    with pytest.raises(RuntimeError, match="error: .*nowhere"):
+        runs.carry_out([Cell("b", (*cell.flags, "--dataset=nowhere"))], tmp_path, ranks=2)
+
+
+def test_a_record_counts_for_the_steps_since_the_one_before():
+    result = Recorded("r", None, False)
+    for key, value in dict(records=[
+            {"step": 0, "x": 1.0, "tokens_per_second": 10}, {"step": 9},
+            {"step": 10, "x": 0.2, "tokens_per_second": 20},
+            {"step": 20, "x": 0.4, "tokens_per_second": 40}],
+            config=Cell("", ("--max_iters=21", "--total_batch_size=30", "--batch_size=30",
+                             "--block_size=8", "--warmup_iters=1")).config()).items():
+        object.__setattr__(result, key, value)
+    assert result.mean("x") == pytest.approx((1 + 10 * 0.2 + 10 * 0.4) / 21)
+    assert result.mean("x", 0.9) == 0.4 and math.isnan(result.mean("y"))
+    assert result.seconds == pytest.approx(240 / 10 + 2400 / 20 + 2400 / 40)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sophiag"])
@@ -150,8 +239,10 @@ def test_compare_judges_half_the_steps_against_the_tuned_baseline(quick, tmp_pat
     assert f"{half['mean']:.4f} against {best['mean']:.4f}" in out
     assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
     # warm-up keeps its share: 1 of 6 becomes 2 of 12
-    assert compare.one("x", f"{contenders(quick, tmp_path)[0][11:]}", 12, 0).config() \
-        .warmup_iters == 2
+    settings = load(compare.CompareSettings, contenders(quick, tmp_path), "")[0]
+    assert compare.one(settings, "x", settings.baseline, 12, 0).config().warmup_iters == 2
+    kept = dataclasses.replace(settings, warmup="steps")
+    assert compare.one(kept, "x", settings.baseline, 12, 0).config().warmup_iters == 1
 
 
 def test_a_best_rate_at_the_end_of_the_ladder_is_said(quick, tmp_path, capsys):
@@ -183,7 +274,8 @@ class Recorded(Result):
 def recorded(tmp_path, losses, warmup=0, unclipped=0.3):
     result = Recorded("r", tmp_path, False)
     object.__setattr__(result, "records", [
-        {"step": i, "train/loss": loss, "val/loss": loss, "unclipped_fraction": unclipped}
+        {"step": i, "train/loss": loss, "val/loss": loss,
+         "unclipped_fraction": unclipped[i] if isinstance(unclipped, list) else unclipped}
         for i, loss in enumerate(losses)])
     flags = (f"--max_iters={len(losses)}", f"--warmup_iters={warmup}")
     object.__setattr__(result, "config", Cell("", flags).config())
@@ -194,6 +286,7 @@ def test_a_loss_a_quarter_above_what_it_had_been_is_a_blow_up_after_the_warm_up(
     assert not gamma.blew_up(recorded(tmp_path, [4] * 5 + [3] * 5 + [3.7] * 5))
     assert gamma.blew_up(recorded(tmp_path, [4] * 5 + [3] * 5 + [3.8] * 5 + [3] * 5))
     assert not gamma.blew_up(recorded(tmp_path, [3] * 5 + [5] * 5 + [3.2] * 10, warmup=10))
+    assert gamma.blew_up(recorded(tmp_path, [4] * 5 + [3] * 5 + [None]))  # a step that was refused
     one_easy_batch = [3] * 8 + [1.5] + [3] * 8
     assert not gamma.blew_up(recorded(tmp_path, one_easy_batch))
 
@@ -215,7 +308,7 @@ def test_the_finder_brackets_gamma_and_halves(tmp_path, monkeypatch):
     tried = []
     settings = load(gamma.GammaSettings, ["--config=optimizer=sophiag,gamma=1e-9", "--find=gamma",
                                           "--most=3"], "")[0]
-    with pytest.raises(gamma.ConfigError, match="no gamma near"):
+    with pytest.raises(gamma.ConfigError, match="none of 3 gammas"):
         gamma.search(settings)
 
 
@@ -226,8 +319,8 @@ def test_ladders_climb_side_by_side_until_a_run_blows_up(tmp_path, monkeypatch, 
     def carry_out(self, cells):
         rounds.append([c.name for c in cells])
         rates = [c.config().learning_rate for c in cells]
-        return [recorded(tmp_path, [2] * 5 + [9 if r > limit else 2 + (r - 0.02) ** 2] * 5)
-                for r in rates]
+        found = [9 if r > limit else 2 + 0.03 * math.log2(r / 0.02) ** 2 for r in rates]
+        return [recorded(tmp_path, [3] * 5 + [loss] * 5) for loss in found]
 
     def at(rate):
         return Cell("x", (f"--learning_rate={rate}",))
@@ -246,13 +339,55 @@ def test_ladders_climb_side_by_side_until_a_run_blows_up(tmp_path, monkeypatch, 
         gamma.climb(runs.RunSettings(), {"a": (at, 0.02)}, most=5)
 
 
-def test_a_rate_that_unlearns_is_not_stable(tmp_path):
+def test_a_rate_that_unlearns_is_not_stable():
     """A model that ends at the loss of byte frequencies never rose above what it had been."""
     assert gamma.stable({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}) == {1.0: 2.4, 2.0: 2.9}
     assert gamma.stable({1.0: math.inf, 2.0: math.inf}) == {}
     assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, below=False) is None
     assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, below=True) == 0.5
     assert gamma.next_rate({1.0: 3.3}, 1.0, 2.0, below=False) == 2.0
+
+
+def test_a_ladder_that_starts_on_a_plateau_descends_before_it_climbs():
+    losses = {0.3: 3.09}
+    while (rate := gamma.next_rate(losses, 0.3, 2.0, below=True)) is not None:
+        losses[rate] = 3.2 if rate > 0.5 else 3.1 if rate > 0.1 else \
+            2.5 + 0.1 * abs(math.log2(rate / 0.01))
+    assert min(losses, key=losses.get) == pytest.approx(0.3 / 32)
+    assert min(losses) == pytest.approx(0.3 / 64) and max(losses) == 0.6
+
+
+def test_a_gamma_within_the_range_is_taken_and_diverging_runs_are_said(tmp_path, monkeypatch):
+    settings = load(gamma.GammaSettings, ["--config=optimizer=sophiag", "--find=gamma",
+                                          "--most=2"], "")[0]
+    for share in (0.11, 0.49):
+        monkeypatch.setattr(runs.RunSettings, "carry_out", lambda self, cells, share=share: [
+            recorded(tmp_path, [9, 9, 3, 2], unclipped=[0.9, 0.9, share, share])])
+        assert gamma.search(settings)["gamma"] == 0.05  # the default; by the second half
+    lost = dataclasses.replace(recorded(tmp_path, [3]), diverged=True)
+    monkeypatch.setattr(runs.RunSettings, "carry_out", lambda self, cells: [lost])
+    with pytest.raises(gamma.ConfigError, match="all of 2 runs diverged"):
+        gamma.search(settings)
+
+
+def test_short_runs_correct_h_for_its_bias_unless_they_are_the_config_s_own(tmp_path, monkeypatch):
+    def carry_out(self, cells):
+        seen.append(cells[0].config())
+        loss = 2 + abs(math.log2(seen[-1].learning_rate / 6e-4))
+        return [recorded(tmp_path, [3] * 5 + [loss] * 5)]
+
+    monkeypatch.setattr(runs.RunSettings, "carry_out", carry_out)
+    for optimizer, steps, find, corrected in (
+            ("optimizer=sophiag", 100, "both", True), ("optimizer=sophiag", 500, "both", False),
+            ("optimizer=adamw", 100, "rate", False),
+            ("optimizer=sophiag,gamma_target=0.9", 100, "rate", False)):
+        seen = []
+        settings = load(gamma.GammaSettings, [
+            f"--config={optimizer},max_iters=500,warmup_iters=9", f"--steps={steps}",
+            f"--find={find}", "--flags=--grad_clip=0.5 --seed=3"], "")[0]
+        gamma.search(settings)
+        assert {c.hessian_bias_correction for c in seen} == {corrected}
+        assert {(c.grad_clip, c.seed, c.max_iters) for c in seen} == {(0.5, 3, steps)}
 
 
 def test_gamma_and_rate_are_printed_as_config_lines(quick, tmp_path, capsys):

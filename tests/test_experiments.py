@@ -437,6 +437,58 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
         assert {c.hessian_interval for c in seen.values()} == {1, 10, 100}
 
 
+def test_the_study_keeps_models_and_batches_apart(tmp_path, monkeypatch):
+    drawn = []
+    results = []
+    for method, lr, loss, more in (("adamw", 8e-3, 1.9, {}), ("adamw", 8e-3, 1.6, {"larger": True}),
+                                   ("ours", 1e-2, 1.8, {}), ("ours", 1e-2, 1.5, {"larger": True}),
+                                   ("ours", 1e-2, 1.4, {"rows": 4}), ("muon", 1e-2, 1.3, {}),
+                                   ("ours", 1e-2, 1.2, {"share": 0.7}),
+                                   ("ours", 1e-2, 1.1, {"seed": 1})):
+        cell = study.cell("bytes", "b", method, lr, extra=("--vocab_size=320",), **more)
+        result = Recorded(cell.name, tmp_path, False)
+        object.__setattr__(result, "config", cell.config())
+        object.__setattr__(result, "records", [{"step": 0, "val/loss": loss}])
+        results.append(result)
+    lines = study.table(results).splitlines()[2:]
+    assert [line.split(" | ")[:4] for line in lines] == [  # by model, then batch, then loss
+        ["| ours", "0.01", "0.5M", "4,096"], ["| muon", "0.01", "0.5M", "4,096"],
+        ["| ours", "0.01", "0.5M", "4,096"], ["| adamw", "0.008", "0.5M", "4,096"],
+        ["| ours", "0.01", "0.5M", "16,384"], ["| ours", "0.01", "2.7M", "4,096"],
+        ["| adamw", "0.008", "2.7M", "4,096"]]
+    assert "1.8000, 1.1000" in lines[2]
+    plt = study.pyplot()
+    monkeypatch.setattr(plt, "close", drawn.append)
+    study.draw({"bytes": results}, tmp_path / "x.svg")
+    panels = [a for a in drawn[0].axes if a.lines]
+    assert [[(line.get_label(), *line.get_ydata()) for line in a.lines] for a in panels] == [
+        [("AdamW", 1.9), ("Muon", 1.3), ("Sophia-G, controlled gamma", 1.8)],
+        [("AdamW", 1.6), ("Sophia-G, controlled gamma", 1.5)]]
+
+
+@pytest.mark.parametrize("key, value", [("dataset", "other"), ("block_size", 16),
+                                        ("eval_windows", 8)])
+def test_contenders_whose_losses_are_not_of_the_same_thing_are_refused(quick, tmp_path, refused,
+                                                                       key, value):
+    baseline, candidate, out = contenders(quick, tmp_path)
+    words = refused(compare.main, [baseline, f"{candidate},{key}={value}", out])
+    assert f"the candidate {value!r}: their losses cannot be compared" in words
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_for_every_run_come_before_what_the_protocol_sets(quick, tmp_path, capsys):
+    baseline, candidate, out = contenders(quick, tmp_path)
+    compare.main([baseline, candidate + ",total_batch_size=8", out, "--max_iters=6",
+                  "--flags=--max_iters=40 --learning_rate=1e-3 --seed=5 --grad_clip=0.5"])
+    printed = capsys.readouterr().out
+    assert "| baseline, T = 6 | 0.001 | 6 |" in printed
+    assert "sees 32 tokens, one of the candidate 64: equal steps are not equal data" in printed
+    config = json.loads((tmp_path / "candidate_0.5T6_s0" / "config.json").read_text())
+    assert (config["seed"], config["grad_clip"], config["max_iters"]) == (0, 0.5, 3)
+    with pytest.raises(runs.ConfigError, match="No closing quotation"):
+        load(compare.CompareSettings, [baseline, candidate, "--flags=--x='"], "")
+
+
 def test_the_study_lists_runs_that_train_takes():
     cells = study.cells("bpe", "a") + study.cells("bytes", "b")
     assert len({cell.name for cell in cells}) == len(cells)

@@ -242,9 +242,9 @@ def _differs(asked: dict, folder: Path) -> tuple[str, object, object] | None:
         return None
     derived = {"vocab_size": 0, "dtype": "auto"}  # what stands for train.py's choice
     for key, value in asked.items():
-        if key not in ("out_dir", "init_from") and value != held.get(key) \
+        if key in held and key not in ("out_dir", "init_from") and value != held[key] \
                 and derived.get(key) != value:
-            return key, held.get(key), value
+            return key, held[key], value
     return None
 
 

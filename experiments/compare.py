@@ -13,7 +13,7 @@ is a config file and settings after commas; both must train on the same dataset 
 evaluated on the same windows. The warm-up keeps its share of a run; the paper's is 2000 steps in
 runs of every length, which --warmup=steps keeps. Losses in the middle of a schedule decide nothing;
 they are drawn, and the table tells when a run first met the baseline's final loss.
-Written to --out_dir: comparison.md, comparison.json, comparison.svg.
+Written to --out_dir: comparison.md, .json, .svg and .png.
 """
 
 import json
@@ -206,7 +206,10 @@ def markdown(settings: CompareSettings, found: dict) -> str:
 
 
 def draw(found: dict, file: Path) -> None:
-    """The losses of the longest T on the left, final losses against steps on the right."""
+    """The losses of the longest T on the left, final losses against steps on the right.
+
+    Also as a .png beside it.
+    """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained",
                                          sharey=True)
@@ -240,6 +243,7 @@ def draw(found: dict, file: Path) -> None:
         left.set_ylim(top=max(early))
     left.legend(frameon=False)
     figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file.with_suffix(".png"), dpi=150)
     plt.close(figure)
 
 

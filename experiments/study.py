@@ -106,7 +106,6 @@ RUNS = {
         ("sophiah", 4e-3, {"gamma": 0.1}),
         ("ours", 6e-3, {"larger": True}),
         ("ours-2-rows", 1.2e-2, {"seed": 1}),
-        ("ours-ef", 1.2e-2, {"seed": 1}),
     ],
 }
 
@@ -213,7 +212,10 @@ def draw(corpora: dict[str, list[Result]], file: Path) -> None:
         axes.set_ylabel("validation loss, nats per token")
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize="small")
+    drawn = {line.get_label(): line for axes in grid.flat for line in axes.lines}
+    named = [label for label in PLOTTED.values() if label in drawn]
+    figure.legend([drawn[label] for label in named], named, loc="outside lower center", ncols=3,
+                  frameon=False)
     figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
 

@@ -147,7 +147,9 @@ def test_a_command_that_is_stopped_stops_its_runs_and_goes_on_later(data_dir, tm
                f"--baseline=optimizer=adamw,{flags}", f"--candidate=optimizer=sophiag,{flags}",
                "--max_iters=2000", "--flags=--checkpoint_interval=100000 --keep_best=False"]
     folder = out / "baseline_T2000_lr0.0006_s0"
-    first = subprocess.Popen(command, cwd=runs.ROOT)
+    first = subprocess.Popen(  # a suite started in the background has SIGINT ignored
+        command, cwd=runs.ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
         until = time.monotonic() + 60
         while not (folder / "metrics.jsonl").exists() and time.monotonic() < until:

@@ -64,6 +64,7 @@ RUNS = {
         ("adamw", 1.6e-2, {"rows": 4}),
         ("ours", 1.2e-2, {"rows": 4, "share": 0.7, "seed": 1}),
         ("adamw", 8e-3, {"rows": 4, "seed": 1}),
+        ("adamw", 4e-3, {"rows": 4}),
     ],
     "bytes": [
         ("adamw", 8e-3, {}),

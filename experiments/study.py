@@ -119,7 +119,6 @@ class StudySettings(RunSettings):
                     section="study")
     bytes: str = knob("books-bytes", "folder of the text in bytes; - leaves it out")
 
-
     def check(self) -> None:
         super().check()
         if self.bpe == self.bytes == "-":

@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,14 +31,14 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import train
-from configurator import Config, ConfigError, exit_with, knob, load
+from configurator import ConfigError, exit_with, knob, load
 from dataloader import DataError, Dataset, open_dataset
 from distributed import DeviceError, start_ranks, world_size
 from metrics import peak_flops
-from model import GPT, GPTConfig
+from model import GPT
 from optimizers import OPTIMIZERS, Lion, check, cosine_lr, parameter_groups, with_own_defaults
+from options import Config
 from sophia import Sophia
-from train import MODEL_KEYS
 
 BASELINE = "AdamW, torch fused"
 PLAIN = "plain"
@@ -348,9 +348,7 @@ def _attention(run: train.Run) -> str:
 def bench_optimizers(settings: BenchSettings) -> dict:
     """Milliseconds and ratios of each contender's step; compile time in seconds; environment."""
     device = start_ranks(settings.device).device
-    shape = {key: getattr(settings, key) for key in MODEL_KEYS}
-    shape["vocab_size"] = shape["vocab_size"] or 50304
-    model = GPT(GPTConfig(**shape)).to(device)
+    model = GPT(replace(settings.model, vocab_size=settings.vocab_size or 50304)).to(device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     contenders = _contenders(settings, model)

@@ -1,9 +1,9 @@
-"""Every knob of every command, its unit, default and legal range; config files and flags.
+"""Settings of commands: documented options with legal ranges, read from config files and flags.
 
 A command's settings are a frozen dataclass whose fields are made by `knob`. `load` fills it from
 Python config files (assignments of literals and arithmetic, read with `ast`, never executed) and
-from `--key=value` flags, which win. Whatever is wrong is a ConfigError before anything is
-allocated: what, which value, where it came from, what to do. Knows nothing of torch.
+from `--key=value` flags, which win. Every mistake is a ConfigError before anything is allocated:
+it says what, which value, where it came from, and what to do. Knows nothing of torch.
 """
 
 import ast
@@ -48,140 +48,6 @@ class Settings:
 
     def check(self) -> None:
         """Rules between several fields; raises ConfigError."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Settings):
-    """The settings of train.py. Names are nanoGPT's, values GPT-2's and the Sophia paper's."""
-
-    out_dir: str = knob("out", "folder for checkpoints and metrics.jsonl", section="run")
-    init_from: str = knob(
-        "scratch", "scratch: start anew; resume: continue the newest checkpoint of out_dir; auto: "
-                   "either, as it is; or weights that a new run starts from: a ckpt.pt of nanoGPT "
-                   "or the authors, a GPT-2 folder of transformers or a name on its hub")
-    seed: int = knob(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
-                     high=2**63 - 1)
-    eval_interval: int = knob(1000, "between evaluations (the last step is always one)",
-                              unit="steps", low=1)
-    eval_windows: int = knob(2000, "validation windows evaluated, evenly spaced; 0 = every one",
-                             unit="windows of block_size", low=0)
-    eval_only: bool = knob(False, "only measure the newest checkpoint (or init_from's weights) on "
-                                  "the whole validation split")
-    log_interval: int = knob(10, "between records (and host syncs)", unit="steps", low=1)
-    checkpoint_interval: int = knob(1000, "between checkpoints (the last step always saves)",
-                                    unit="steps", low=1)
-    keep_checkpoints: int = knob(2, "newest checkpoints kept", low=2)
-    keep_best: bool = knob(True, "also keep the checkpoint with the lowest val/loss of those that "
-                                 "were saved on an evaluation's step")
-    on_nonfinite: Literal["stop", "skip"] = knob(
-        "stop", "when a loss, gradient or estimate is not finite: nothing is updated, and the run "
-                "ends or leaves that step out")
-    max_skipped: int = knob(10, "with on_nonfinite=skip: most in a row before the run ends",
-                            unit="steps", low=1)
-    sample_tokens: int = knob(0, "length of the text sampled when training ends; 0 = none",
-                              unit="tokens", low=0)
-    wandb_log: bool = knob(False, "also record to Weights & Biases")
-    wandb_project: str = knob("nanosophia", "its project")
-    wandb_run_name: str = knob("", "its run name; empty = the name of out_dir")
-
-    dataset: str = knob("openwebtext", "folder under data/, or a path, with train.bin and val.bin",
-                        section="data")
-    sampling: Literal["epochs", "random"] = knob(
-        "epochs", "every window once before any again, or nanoGPT's random places")
-    block_size: int = knob(1024, "context length", unit="tokens", low=1)
-    batch_size: int = knob(15, "sequences per micro-batch and rank", low=1)
-    total_batch_size: int = knob(480, "sequences per step over all ranks and micro-batches", low=1)
-
-    n_layer: int = knob(12, "transformer blocks", low=1, section="model")
-    n_head: int = knob(12, "attention heads", low=1)
-    n_embd: int = knob(768, "width", low=1)
-    vocab_size: int = knob(0, "rows of the embedding; 0 = the data's vocabulary rounded up to a "
-                              "multiple of 64 (GPT-2: 50304)", low=0)
-    dropout: float = knob(0.0, "dropout probability", low=0, below=1)
-    bias: bool = knob(False, "biases in linear layers and layer norms")
-    activation: Literal["gelu_tanh", "gelu"] = knob(
-        "gelu_tanh", "tanh-approximate GELU (GPT-2's and the authors' code's) or the exact one")
-    scale_attn_by_inverse_layer_idx: bool = knob(
-        False, "divide attention logits by the layer's index, from 1 (the paper: for AdamW and "
-               "Lion at 355M and above)")
-
-    optimizer: str = knob(
-        "sophiag", "adamw, lion, muon, adahessian, sophiag, sophiah; of the paper's Fig. 7 clip, "
-                   "normalize, ef_clip, ah_clip, gnb_unclipped", section="optimizer")
-    learning_rate: float = knob(6e-4, "peak learning rate", above=0)
-    beta1: float = knob(0.96, "decay of the gradient's moving average", low=0, below=1)
-    beta2: float = knob(0.99, "decay of the curvature's (AdamW: of the squared gradient's)",
-                        low=0, below=1)
-    eps: float = knob(1e-12, "Sophia: floor of gamma*h; AdamW: added to the root", above=0)
-    muon_momentum: float = knob(0.95, "Muon: decay of the momentum of hidden matrices", low=0,
-                                below=1)
-    gamma: float = knob(0.05, "Sophia: a coordinate is unclipped where |m| < gamma*h", above=0)
-    hessian_bias_correction: bool = knob(
-        False, "beyond the paper: divide h by 1 - beta2^(number of estimates)")
-    gamma_target: float = knob(
-        0.0, "beyond the paper: fraction of coordinates that each tensor's own, controlled gamma "
-             "keeps unclipped; 0 = the fixed gamma", low=0, below=1)
-    gamma_rows: Literal["none", "embedding", "matrices"] = knob(
-        "none", "with gamma_target, which parameters have one gamma per row instead of per tensor")
-    weight_decay: float = knob(0.2, "decoupled decay of matrices", low=0)
-    grad_clip: float = knob(1.0, "global gradient norm limit; 0 = none", low=0)
-    hessian_interval: int = knob(10, "k: between curvature estimates", unit="steps", low=1)
-    hessian_batch_size: int = knob(240, "first sequences of the batch that the estimate uses",
-                                   low=1)
-    hessian_chunks: int = knob(
-        1, "parts of these squared separately and averaged; 1 (the paper) or a multiple of the "
-           "number of ranks", low=1)
-
-    max_iters: int = knob(100_000, "length of the run and of the cosine", unit="steps", low=1,
-                          section="schedule")
-    warmup_iters: int = knob(2000, "linear warm-up", unit="steps", low=0)
-    min_lr_ratio: float = knob(0.05, "final learning rate over the peak", low=0, high=1)
-
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
-        "auto", "auto = bfloat16 autocast on CUDA, float32 elsewhere; float64 = everything, for "
-                "exactness checks")
-    parallel: Literal["ddp", "fsdp"] = knob(
-        "ddp", "with several ranks: each holds the whole model, or a share of it (FSDP2; for "
-               "models that one device cannot hold)")
-    activation_checkpointing: bool = knob(
-        False, "recompute each block in the backward pass: less memory, about a third more compute")
-    loss_chunk: int = knob(
-        0, "positions whose logits exist at a time in the loss: fewer take less memory; 0 = all of "
-           "them, or on a CPU without compile 24 MB of them",
-        unit="tokens", low=0)
-    compile: Literal["auto", "on", "off"] = knob(
-        "auto", "torch.compile the model; auto = on CUDA only")
-    compile_optimizer: Literal["auto", "on", "off"] = knob(
-        "auto", "torch.compile Sophia's update; auto = on CUDA only")
-
-    dry_run: bool = knob(False, "only say what the run would take, on 1 to 256 GPUs",
-                         section="dry run")
-    dry_run_gpu: Literal["A100", "H100", "H200"] = knob("H100", "GPU whose peak the days assume")
-    dry_run_mfu: float = knob(0.4, "fraction of that peak that training reaches", above=0, high=1)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        return self.total_batch_size * self.block_size
-
-    def check(self) -> None:
-        if self.n_embd % self.n_head:
-            raise ConfigError(f"n_embd = {self.n_embd} does not divide into n_head = "
-                              f"{self.n_head} heads; choose n_embd a multiple of n_head",
-                              "n_embd", "n_head")
-        if self.init_from not in ("resume", "auto") and not self.eval_only:
-            self.check_world(1)  # a checkpoint may bring the other numbers
-
-    def check_world(self, world_size: int) -> None:
-        """Raises ConfigError unless the batch divides over `world_size` ranks."""
-        rows = self.batch_size * world_size
-        over = f" x {world_size} ranks" if world_size > 1 else ""
-        if self.total_batch_size % rows:
-            raise ConfigError(
-                f"total_batch_size = {self.total_batch_size} is not a multiple of batch_size = "
-                f"{self.batch_size}{over}; {_nearby(self.total_batch_size, world_size)}",
-                "total_batch_size", "batch_size")
 
 
 # What users of nanoGPT and of the authors' code look for, and where it is here.
@@ -365,7 +231,7 @@ def _check_range(f: Any, value: Any) -> None:
         raise ConfigError(f"{f.name} = {value} is not finite", f.name)
     for bound, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
                                 ("high", operator.le, "at most"), ("below", operator.lt, "below")):
-        limit = f.metadata[bound]
+        limit = f.metadata.get(bound)
         if limit is not None and not holds(value, limit):
             raise ConfigError(f"{f.name} = {value} must be {words} {limit}", f.name)
 
@@ -373,23 +239,16 @@ def _check_range(f: Any, value: Any) -> None:
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
-def _nearby(total: int, world_size: int) -> str:
-    divisors = [d for d in range(1, total // world_size + 1) if total % (d * world_size) == 0]
-    if not divisors:
-        return f"total_batch_size must be a multiple of {world_size}"
-    return "batch_size may be one of " + ", ".join(map(str, divisors[-8:]))
-
-
 def help_text(cls: type, usage: str) -> str:
     """Every key with type, default, unit and meaning, for `--help`."""
     lines = [f"usage: {usage}", ""]
     for f in fields(cls):
         meta = f.metadata
-        if meta["section"]:
+        if meta.get("section"):
             lines += ["", meta["section"]]
         choices = get_args(f.type) if get_origin(f.type) is Literal else ()
         kind = "|".join(choices) if choices else f.type.__name__
-        notes = [f"default {f.default!r}", meta["unit"], _range_words(meta)]
+        notes = [f"default {f.default!r}", meta.get("unit"), _range_words(meta)]
         lines += [f"  --{f.name}={kind}",
                   f"      {meta['meaning']} ({', '.join(filter(None, notes))})"]
     return "\n".join(lines)
@@ -397,7 +256,7 @@ def help_text(cls: type, usage: str) -> str:
 
 def _range_words(meta: dict) -> str:
     words = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
-    return " and ".join(f"{words[b]} {meta[b]:g}" for b in words if meta[b] is not None)
+    return " and ".join(f"{words[b]} {meta[b]:g}" for b in words if meta.get(b) is not None)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import Config, ConfigError, changed, exit_with, load
+from configurator import ConfigError, changed, exit_with, load
 from dataloader import DataError, open_dataset
 from metrics import peak_flops
-from model import GPT, GPTConfig
+from model import GPT
 from optimizers import build, with_own_defaults
+from options import Config
 
 GPUS = (1, 8, 64, 256)
 GIB = 2**30
@@ -60,9 +61,8 @@ def plan(config: Config) -> Plan:
         pass
     config = changed(config, compile_optimizer="off", vocab_size=config.vocab_size or
                      -(-vocab_size // 64) * 64)
-    shape = {key: getattr(config, key) for key in GPTConfig.__dataclass_fields__}
     with torch.device("meta"):
-        model = GPT(GPTConfig(**shape))
+        model = GPT(config.model)
     optimizer, estimator = build(config, model, num_classes=vocab_size)
     for p in model.parameters():
         p.grad = torch.empty_like(p)

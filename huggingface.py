@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -21,19 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import (
-    ACTIVATIONS,
-    TRANSPOSED,
-    CheckpointError,
-    Weights,
-    checkpoints,
-    foreign_weights,
-    run_weights,
-    save,
-)
-from configurator import Config, ConfigError, Settings, as_dict, exit_with, knob, load
-from model import GPT, GPTConfig
+from checkpoint import CheckpointError, checkpoints, save
+from configurator import ConfigError, Settings, as_dict, exit_with, knob, load
+from model import GPTConfig
+from options import Config
 from tokenizer import EOT, TokenizerError, byte_letters, get_tokenizer
+from weights import ACTIVATIONS, TRANSPOSED, Weights, foreign_weights, run_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +69,30 @@ def export(settings: HuggingFaceSettings) -> Path:
     weights = run_weights(Path(settings.out_dir), settings.checkpoint)
     if weights is None:
         raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
+    check_exportable(weights.config, settings.out_dir)
     folder = Path(settings.export)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(to_transformers(weights), folder / "model.safetensors", metadata=dict(format="pt"))
     tokenizer = get_tokenizer(weights.tokenizer)
     (folder / "config.json").write_text(json.dumps(
         transformers_config(weights, tokenizer.eot_token), indent=1) + "\n")
-    _write_tokenizer(folder, weights.tokenizer, tokenizer, weights.shape["block_size"])
+    _write_tokenizer(folder, weights.tokenizer, tokenizer, weights.config.block_size)
     (folder / "README.md").write_text(model_card(weights, settings))
     return folder
+
+
+# GPTConfig's fields that transformers' GPT-2 can be told of.
+EXPORTED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
+            "activation", "scale_attn_by_inverse_layer_idx"}
+
+
+def check_exportable(config: GPTConfig, name: str) -> None:
+    """Raises CheckpointError when transformers' GPT-2 cannot compute the model called `name`."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in EXPORTED and value != f.default:
+            raise CheckpointError(f"{name} has {f.name} = {value!r}, which transformers' GPT-2 "
+                                  "cannot compute; the export would be another model")
 
 
 def to_transformers(weights: Weights) -> dict[str, Tensor]:
@@ -94,7 +102,7 @@ def to_transformers(weights: Weights) -> dict[str, Tensor]:
         if name == "transformer.wte.weight":
             x = x[:weights.num_classes]
         found[name] = (x.t() if name.endswith(TRANSPOSED) else x).contiguous()
-    width = weights.shape["n_embd"]
+    width = weights.config.n_embd
     sizes = dict(c_attn=3 * width, c_fc=4 * width)
     for name in list(found):
         bias = name.removesuffix("weight") + "bias"
@@ -105,19 +113,19 @@ def to_transformers(weights: Weights) -> dict[str, Tensor]:
 
 def transformers_config(weights: Weights, eot: int) -> dict:
     """config.json of the model."""
-    shape = weights.shape
+    config = weights.config
     return dict(
         architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
-        n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["n_embd"],
-        n_positions=shape["block_size"], n_ctx=shape["block_size"], n_inner=None,
+        n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+        n_positions=config.block_size, n_ctx=config.block_size, n_inner=None,
         vocab_size=weights.num_classes, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
         activation_function=next(theirs for theirs, ours in ACTIVATIONS.items()
-                                 if ours == shape["activation"]),
+                                 if ours == config.activation),
         scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=shape["scale_attn_by_inverse_layer_idx"],
-        reorder_and_upcast_attn=False, attn_pdrop=shape["dropout"], embd_pdrop=shape["dropout"],
-        resid_pdrop=shape["dropout"], bos_token_id=eot, eos_token_id=eot,
-        nanosophia_bias=shape["bias"])
+        scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
+        reorder_and_upcast_attn=False, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
+        resid_pdrop=config.dropout, bos_token_id=eot, eos_token_id=eot,
+        nanosophia_bias=config.bias)
 
 
 def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None:
@@ -215,15 +223,16 @@ def import_weights(settings: HuggingFaceSettings) -> None:
     if checkpoints(out_dir):
         raise ConfigError(f"{out_dir} already holds checkpoints; give another --out_dir", "out_dir")
     weights = foreign_weights(settings.import_from)
-    model = weights.load_into(GPT(GPTConfig(**weights.shape)))
+    model = weights.build()
     name = weights.tokenizer
     if name.endswith(".json"):
         out_dir.mkdir(parents=True, exist_ok=True)
         name = str(shutil.copy(name, out_dir / "tokenizer.json"))
-    config = as_dict(Config(**weights.shape)) | dict(dataset=f"imported from "
-                                                     f"{settings.import_from}")
+    config = as_dict(Config(**as_dict(weights.config))) | dict(
+        dataset=f"imported from {settings.import_from}")
     save(out_dir, model.state_dict(), {}, dict(
         format=1, step=0, val_loss=None, tally=dict(steps=0, clipped=0), config=config, data={},
+        model=as_dict(weights.config),
         tokenizer=name, num_classes=weights.num_classes, world_size=1), keep=2)
 
 

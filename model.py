@@ -8,8 +8,8 @@ knows nothing of optimizers, ranks or files.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -19,19 +19,33 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
+def option(default: Any, meaning: str, **limits: Any) -> Any:
+    """A field with what `train.py --help` says of it and the limits that are checked."""
+    return field(default=default, metadata=dict(meaning=meaning, **limits))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Shape of the model; defaults are GPT-2 small without biases."""
+    """Shape of the model; the defaults are GPT-2 small without biases.
 
-    block_size: int = 1024  # longest context, tokens
-    vocab_size: int = 50304  # rows of the embedding: 50257 classes, padded to a multiple of 64
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = False
-    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    scale_attn_by_inverse_layer_idx: bool = False
+    The only list of the model's options: flags, checkpoints and `sample.py` follow from it. An
+    older checkpoint lacks a field that was added later and gets its default, so that default must
+    compute what the code computed before.
+    """
+
+    block_size: int = option(1024, "longest context", unit="tokens", low=1, section="model")
+    vocab_size: int = option(50304, "rows of the embedding: the classes padded to a multiple of 64",
+                             low=1)
+    n_layer: int = option(12, "transformer blocks", low=1)
+    n_head: int = option(12, "attention heads", low=1)
+    n_embd: int = option(768, "width", low=1)
+    dropout: float = option(0.0, "dropout probability", low=0, below=1)
+    bias: bool = option(False, "biases in linear layers and layer norms")
+    activation: Literal["gelu_tanh", "gelu"] = option(
+        "gelu_tanh", "tanh-approximate GELU (GPT-2's and the authors' code's) or the exact one")
+    scale_attn_by_inverse_layer_idx: bool = option(
+        False, "divide attention logits by the layer's index, from 1 (the paper: for AdamW and "
+               "Lion at 355M and above)")
 
 
 class CausalSelfAttention(nn.Module):

@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from checkpoint import MANIFEST, CheckpointError, Weights, foreign_weights, run_weights
+from checkpoint import MANIFEST, CheckpointError
 from configurator import ConfigError, Settings, exit_with, knob, load
 from distributed import DeviceError, start_ranks
-from model import GPT, GPTConfig
+from model import GPT
 from tokenizer import EOT, TextStream, TokenizerError, get_tokenizer
+from weights import Weights, foreign_weights, run_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def sample(settings: SampleSettings) -> None:
     """Prints the samples, a rule after each."""
     device = start_ranks(settings.device).device
     weights = read_weights(settings)
-    model = weights.load_into(GPT(GPTConfig(**weights.shape)))
+    model = weights.build()
     model.to(device, getattr(torch, settings.dtype)).eval()
     if not weights.tokenizer:
         raise CheckpointError(f"{settings.init_from} has {weights.num_classes} classes and does "

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, Weights, foreign_weights, run_weights
+from checkpoint import CheckpointError
 from configurator import ConfigError, Settings, exit_with, knob, load
 from distributed import DeviceError, start_ranks
-from model import GPT, GPTConfig
+from model import GPT
 from tokenizer import TokenizerError, get_tokenizer
+from weights import Weights, foreign_weights, run_weights
 
 
 class Task(NamedTuple):
@@ -114,10 +115,10 @@ def run(settings: SuperGlueSettings) -> dict[str, dict]:
         foreign_weights(settings.init_from)
     if weights is None:
         raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
-    if weights.shape["block_size"] <= ANSWER_TOKENS:
+    if weights.config.block_size <= ANSWER_TOKENS:
         raise CheckpointError(f"a context of {weights.shape['block_size']} tokens has no room for "
                               f"answers of {ANSWER_TOKENS}")
-    model = weights.load_into(GPT(GPTConfig(**weights.shape)))
+    model = weights.build()
     model.to(device).eval()
     data = {name: {split: read_rows(name, split, settings.data_dir)
                    for split in ("train", "val")} for name in settings.tasks.split(",")}

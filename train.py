@@ -28,9 +28,8 @@ from torch import Tensor
 
 import checkpoint as checkpoints
 import dry_run
-from checkpoint import Checkpoint, CheckpointError, RunLock, Saver, foreign_weights
+from checkpoint import Checkpoint, CheckpointError, RunLock, Saver
 from configurator import (
-    Config,
     ConfigError,
     as_dict,
     changed,
@@ -68,7 +67,9 @@ from distributed import (
 from metrics import Health, Recorder, peak_flops
 from model import GPT, GPTConfig
 from optimizers import Estimator, advice, build, check, cosine_lr, unless, with_own_defaults
+from options import Config
 from tokenizer import TokenizerError, byte_lengths, get_tokenizer
+from weights import foreign_weights, saved_model_config
 
 MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.
@@ -246,7 +247,7 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
     if config.init_from not in ("scratch", "resume", "auto"):
         found_weights = foreign_weights(config.init_from)
         weights = found_weights.tensors
-        config = _fit_weights(config, sources, found_weights.shape)
+        config = _fit_weights(config, sources, as_dict(found_weights.config))
         _require_tokenizer(found_weights.tokenizer, data, config.init_from)
     config = _fit_vocabulary(config, sources, data)
     run = build_run(config, ranks, data, weights)
@@ -294,8 +295,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset,
     # setting the number, even to what it is, makes torch switch that off.
     torch.set_num_threads(torch.get_num_threads())
     torch.manual_seed(config.seed)
-    shape = GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS})
-    model = GPT(shape)
+    model = GPT(config.model)
     model.activation_checkpointing = config.activation_checkpointing
     if weights is not None:
         _load_weights(model, weights, config)
@@ -575,7 +575,7 @@ def _settle(config: Config, sources: dict[str, str], found: Checkpoint | None,
     Raises CheckpointError where a given key contradicts the checkpoint and must not.
     """
     values, notes = {}, []
-    saved = found.state["config"] if found else {}
+    saved = found.state["config"] | as_dict(saved_model_config(found)) if found else {}
     for key in saved.keys() & as_dict(config).keys() - LOCAL_KEYS:
         given = getattr(config, key)
         derived = key == "vocab_size" and given == 0
@@ -653,7 +653,7 @@ def _save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | No
         format=1, step=done, val_loss=val_loss,
         tally=dict(steps=run.tally.steps, clipped=run.tally.clipped.item()),
         guard=dict(in_a_row=run.guard.in_a_row.tolist(), refused=int(run.guard.report[0])),
-        config=as_dict(run.config), data=data.fingerprint,
+        config=as_dict(run.config), model=as_dict(run.model.config), data=data.fingerprint,
         tokenizer=data.tokenizer, num_classes=data.vocab_size, world_size=run.ranks.world_size,
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       numpy=np.__version__)))

@@ -203,9 +203,9 @@ def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
     """Versions and texts of the newest checkpoint; nothing where there is none."""
     import torch
 
-    from checkpoint import CheckpointError, run_weights
-    from model import GPT, GPTConfig
+    from checkpoint import CheckpointError
     from tokenizer import TokenizerError, get_tokenizer
+    from weights import run_weights
     try:
         weights = run_weights(run)
         if weights is None:
@@ -215,7 +215,7 @@ def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
         tokenizer = get_tokenizer(weights.tokenizer)
     except (CheckpointError, TokenizerError, KeyError) as error:
         return {"not read": str(error)}, []
-    model = weights.load_into(GPT(GPTConfig(**weights.shape)))
+    model = weights.build()
     if not samples:
         return environment, []
     ids = torch.full((samples, 1), tokenizer.eot_token)

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import dry_run
 import optimizers
-from configurator import Config, ConfigError, Settings, as_dict, knob, load
+from configurator import ConfigError, Settings, as_dict, knob, load
 from experiments.plot import read_config, read_metrics
+from options import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 

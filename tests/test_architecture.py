@@ -9,24 +9,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 BELOW_TRAIN = {"configurator", "tokenizer", "dataloader", "distributed", "optimizers", "checkpoint",
-               "metrics", "model"}
+               "metrics", "model", "options", "weights"}
 ALLOWED = {
     "configurator": set(),
     "tokenizer": set(),
     "corpus": {"configurator", "tokenizer"},  # for what the prepare scripts share
     "model": set(),
+    "options": {"configurator", "model"},
+    "weights": {"checkpoint", "model", "options"},
     "sophia": set(),
     "dataloader": set(),
     "distributed": set(),
-    "optimizers": {"configurator", "sophia"},
+    "optimizers": {"configurator", "options", "sophia"},
     "checkpoint": {"distributed"},
     "metrics": set(),
-    "dry_run": {"configurator", "dataloader", "metrics", "model", "optimizers"},
+    "dry_run": {"configurator", "dataloader", "metrics", "model", "optimizers", "options"},
     "train": BELOW_TRAIN | {"dry_run"},
     "bench": BELOW_TRAIN | {"sophia", "train"},
-    "sample": {"configurator", "checkpoint", "model", "tokenizer", "distributed"},
-    "superglue": {"configurator", "checkpoint", "model", "tokenizer", "distributed"},
-    "huggingface": {"configurator", "checkpoint", "model", "tokenizer"},
+    "sample": {"configurator", "checkpoint", "model", "tokenizer", "distributed", "weights"},
+    "superglue": {"configurator", "checkpoint", "model", "tokenizer", "distributed", "weights"},
+    "huggingface": {"configurator", "checkpoint", "model", "options", "tokenizer", "weights"},
 }
 WITHOUT_TORCH = {"configurator", "tokenizer", "corpus"}
 TORCH_ALONE = {"model", "sophia"}

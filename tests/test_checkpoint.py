@@ -11,6 +11,7 @@ import checkpoint
 import train
 from checkpoint import CheckpointError, checkpoints, newest, save
 from model import GPT, GPTConfig
+from weights import foreign_weights
 
 
 def write(out_dir, step, keep=2):
@@ -168,8 +169,8 @@ def test_foreign_checkpoints_give_the_weights_of_the_same_model(tmp_path, author
     model = nanogpt_file(tmp_path / "ckpt.pt", authors=authors, prefix=prefix)
     if authors:  # with biases the mask has the name of c_attn's parent's bias, not of a parameter
         assert "transformer.h.0.attn.bias" not in model.state_dict()
-    weights = checkpoint.foreign_weights(str(tmp_path / "ckpt.pt"))
-    again = GPT(GPTConfig(**weights.shape))
+    weights = foreign_weights(str(tmp_path / "ckpt.pt"))
+    again = GPT(weights.config)
     again.load_state_dict(weights.tensors)
     idx = torch.arange(10).unsqueeze(0)
     assert torch.equal(model(idx), again(idx))
@@ -194,7 +195,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, place):
     else:
         nanogpt_file(tmp_path / "ckpt.pt", **{place: malice})
     with pytest.raises(CheckpointError, match="nothing in it was executed"):
-        checkpoint.foreign_weights(str(tmp_path / "ckpt.pt"))
+        foreign_weights(str(tmp_path / "ckpt.pt"))
     assert not (tmp_path / "owned").exists()
 
 
@@ -207,7 +208,7 @@ def test_what_is_no_foreign_checkpoint_is_refused_in_words(tmp_path, content, wo
     elif content is not None:
         torch.save(content, tmp_path / "ckpt.pt")
     with pytest.raises(CheckpointError, match=words):
-        checkpoint.foreign_weights(str(tmp_path / "ckpt.pt"))
+        foreign_weights(str(tmp_path / "ckpt.pt"))
 
 
 def test_a_run_starts_from_foreign_weights(tmp_path, tiny, refused):
@@ -226,7 +227,3 @@ def test_a_run_starts_from_foreign_weights(tmp_path, tiny, refused):
     line = refused(train.main, [*flags, "--init_from=nowhere.pt",
                                 f"--out_dir={tmp_path / 'other'}"])
     assert "cannot read nowhere.pt" in line
-
-
-def test_the_settings_of_a_model_are_all_restored():
-    assert tuple(GPTConfig.__dataclass_fields__) == checkpoint.SHAPE

@@ -3,8 +3,9 @@
 import pytest
 
 import train
-from configurator import Config, ConfigError, help_text, load
+from configurator import ConfigError, help_text, load
 from optimizers import check
+from options import Config
 
 
 def loaded(*argv):

@@ -7,9 +7,10 @@ import torch
 
 import dry_run
 import train
-from configurator import Config, load
+from configurator import load
 from model import GPT, GPTConfig
 from optimizers import build, with_own_defaults
+from options import Config
 from tests.conftest import Allocated
 
 CONFIGS = sorted(Path("config").glob("*.py"))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from configurator import Config, ConfigError, load
+from configurator import ConfigError, load
 from model import GPT, GPTConfig
 from optimizers import (
     AdaHessian,
@@ -20,6 +20,7 @@ from optimizers import (
     parameter_groups,
     with_own_defaults,
 )
+from options import Config
 from sophia import Sophia
 from tests.conftest import ROOT
 from train import MODEL_KEYS
@@ -58,7 +59,7 @@ def test_neox_configs_are_the_papers_and_divide_over_gpus(size, shape, rows, par
     assert (config.total_batch_size, config.block_size) == (rows, 2048)
     assert config.learning_rate == lrs[size == "6.6b"] and config.parallel == "fsdp"
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS}))
+        model = GPT(config.model)
     assert model.num_params(non_embedding=False) == pytest.approx(parameters, rel=0.01)
     for ranks in (8, 16, 32, 64):
         config.check_world(ranks)
@@ -72,7 +73,7 @@ def test_gpt2_configs_are_table_2_and_divide_over_gpus(size, optimizer):
     config = shipped(f"train_gpt2_{size}_{optimizer}")
     assert (config.n_embd, config.n_head, config.n_layer) == (n_embd, n_head, n_layer)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{key: getattr(config, key) for key in MODEL_KEYS}))
+        model = GPT(config.model)
     assert model.num_params() == pytest.approx(parameters, rel=0.03)
     for ranks in (1, 2, 4, 8):
         config.check_world(ranks)

@@ -13,11 +13,12 @@ import torch
 import sample
 import train
 from checkpoint import newest
-from configurator import Config, ConfigError, load
+from configurator import ConfigError, load
 from dataloader import open_dataset
 from distributed import Ranks
 from model import GPT, GPTConfig
 from optimizers import OPTIMIZERS
+from options import Config
 from tests.conftest import Allocated, run_train, torchrun
 from tests.test_checkpoint import nanogpt_file
 
@@ -409,7 +410,7 @@ def test_eval_only_is_the_same_for_any_batch_and_ranks(tiny, tmp_path, data_dir,
     assert len({re.sub(r"(\.\d{4})\d", r"\1", line) for line in lines}) == 1, lines
     # By hand: every token but the first, in windows of 16 and a last one that reaches back.
     found = newest(tmp_path / "run")
-    model = GPT(GPTConfig(**{k: found.state["config"][k] for k in train.MODEL_KEYS})).double()
+    model = GPT(GPTConfig(**found.state["model"])).double()
     model.load_state_dict(found.model_tensors())
     tokens = torch.from_numpy(open_dataset(str(data_dir), 16).val.astype("int64"))
     n = len(tokens) - 1

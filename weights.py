@@ -1,0 +1,188 @@
+"""Weights of a run, of nanoGPT, of transformers' GPT-2, under this project's names.
+
+Nothing in a file is executed. Knows nothing of training.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from checkpoint import Checkpoint, CheckpointError, checkpoints, newest, open_checkpoint
+from model import GPT, GPTConfig
+from options import Config
+
+
+class Weights(NamedTuple):
+    """A model to use: parameters under this project's names, settings, tokenizer."""
+
+    tensors: dict[str, Tensor]
+    config: GPTConfig
+    tokenizer: str  # as tokenizer.get_tokenizer takes it
+    num_classes: int  # real ids; the rest of the vocabulary is padding
+    state: dict  # what state.json says; empty for weights from elsewhere
+
+    def build(self) -> GPT:
+        """Returns the model with these parameters; raises CheckpointError where they do not fit."""
+        model = GPT(self.config)
+        try:
+            model.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            raise CheckpointError("the weights are not those of such a model: "
+                                  f"{' '.join(str(error).split())}") from error
+        return model
+
+
+def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
+    """The model of a run's newest checkpoint, or of its best; None where there is none.
+
+    Raises CheckpointError when it is damaged, or no checkpoint is the best.
+    """
+    if which == "best":
+        try:
+            found = open_checkpoint(out_dir / (out_dir / "best").read_text().strip())
+        except OSError as error:
+            raise CheckpointError(f"{out_dir} names no best checkpoint ({error.strerror}); leave "
+                                  "--checkpoint=newest") from error
+    else:
+        found = newest(out_dir)
+    if found is None:
+        return None
+    return Weights(found.model_tensors(), saved_model_config(found), found.state["tokenizer"],
+                   found.state["num_classes"], found.state)
+
+
+def saved_model_config(found: Checkpoint) -> GPTConfig:
+    """Returns the model's settings that a checkpoint was trained with.
+
+    Raises CheckpointError where it has one that this code does not know: the model could not be the
+    same.
+    """
+    saved, known = found.state["config"], {f.name for f in fields(GPTConfig)}
+    recorded = found.state.get("model")
+    if recorded is None:  # checkpoints of older code list the model's settings among all others
+        unknown = saved.keys() - {f.name for f in fields(Config)}
+        recorded = {key: value for key, value in saved.items() if key in known}
+    else:
+        unknown = recorded.keys() - known
+    if unknown:
+        named = ", ".join(f"{key} = {(saved | recorded)[key]!r}" for key in sorted(unknown))
+        raise CheckpointError(f"{found.folder} was trained with {named}, which this code does not "
+                              "know; use the code that trained it")
+    return GPTConfig(**recorded)
+
+
+def foreign_weights(source: str) -> Weights:
+    """GPT-2 weights made elsewhere: a ckpt.pt of nanoGPT or of the authors' code
+    (github.com/Liuhong99/Sophia), another run's folder, a folder that transformers wrote, or a name
+    on its hub.
+
+    Nothing in the files is executed. nanoGPT's models have the exact GELU, the authors' the tanh
+    one and the switch for inverse-layer scaling. Raises CheckpointError on anything else.
+    """
+    path = Path(source)
+    if path.suffix == ".pt":
+        return _nanogpt_weights(path)
+    if checkpoints(path):
+        return run_weights(path)
+    if not path.is_dir():
+        path = _download(source)
+    return _transformers_weights(path)
+
+
+def _nanogpt_weights(path: Path) -> Weights:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = {name.removeprefix("_orig_mod."): x for name, x in content["model"].items()}
+        given = content["model_args"]
+        sizes = {key: given[key] for key in ("n_layer", "n_head", "n_embd", "block_size",
+                                             "vocab_size", "bias")}
+        if not (all(type(x) in (int, bool) for x in sizes.values())
+                and all(isinstance(x, Tensor) for x in tensors.values())):
+            raise TypeError("plain tensors and sizes")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of nanoGPT or of the authors' code: it "
+                              f"has no {error}") from error
+    except Exception as error:  # whatever a malformed or malicious file makes torch raise
+        raise CheckpointError(f"{path} is refused: it does not load as plain weights "
+                              f"({type(error).__name__}); nothing in it was executed") from error
+    authors = "scale_attn_by_inverse_layer_idx" in given
+    config = GPTConfig(**sizes, activation="gelu_tanh" if authors else "gelu",
+                       scale_attn_by_inverse_layer_idx=bool(
+                           authors and given["scale_attn_by_inverse_layer_idx"]))
+    # The head is tied to wte; older files also hold the causal mask of each layer.
+    kept = {name: x.float() for name, x in tensors.items() if name != "lm_head.weight"
+            and not (name.endswith(".attn.bias") and x.dim() == 4)}
+    plain = config.vocab_size >= GPT2_CLASSES  # otherwise its tokenizer is not known
+    return Weights(kept, config, "gpt2" if plain else "", min(GPT2_CLASSES, config.vocab_size), {})
+
+
+GPT2_CLASSES = 50257
+# Both tanh ones are one function; the first is computed as model.py does, to the last bit.
+ACTIVATIONS = dict(gelu_pytorch_tanh="gelu_tanh", gelu_new="gelu_tanh", gelu="gelu")
+# transformers' Conv1D keeps these as (in, out).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def _transformers_weights(folder: Path) -> Weights:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        files = sorted(folder.glob("*.safetensors"))
+        if config.get("model_type") != "gpt2" or not files:
+            raise CheckpointError(
+                f"{folder} holds no GPT-2 in transformers' format (config.json of model_type gpt2 "
+                "and *.safetensors), and no checkpoint of this project; check the path")
+        width = config["n_embd"]
+        sizes = [config[key] for key in ("n_layer", "n_head", "n_embd", "n_positions",
+                                         "vocab_size")]
+        if not all(type(size) is int for size in sizes):
+            raise TypeError(f"sizes {sizes} are not whole numbers")
+        for key, wanted in (("n_inner", (None, 4 * width)), ("layer_norm_epsilon", (1e-5,)),
+                            ("scale_attn_weights", (True,)), ("tie_word_embeddings", (True,)),
+                            ("activation_function", tuple(ACTIVATIONS))):
+            if (given := config.get(key, wanted[0])) not in wanted:
+                raise CheckpointError(f"{folder / 'config.json'}: {key} = {given!r} is not what "
+                                      f"model.py computes ({wanted[0]!r})")
+        ours = GPTConfig(
+            n_layer=config["n_layer"], n_head=config["n_head"], n_embd=width,
+            block_size=config["n_positions"], vocab_size=config["vocab_size"],
+            bias=config.get("nanosophia_bias", True),
+            activation=ACTIVATIONS[config.get("activation_function", "gelu_new")],
+            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False))
+        found = {}
+        for file in files:
+            found |= load_file(file)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder} cannot be read as transformers' GPT-2: {error!r}") \
+            from error
+    tensors = {}
+    for name, x in found.items():
+        name = "transformer." + name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")) or \
+                (name.endswith("bias") and not ours.bias):
+            continue  # causal masks; the head is tied to wte
+        tensors[name] = (x.t() if name.endswith(TRANSPOSED) else x).float().contiguous()
+    file = folder / "tokenizer.json"
+    plain = config["vocab_size"] == GPT2_CLASSES or not file.exists()
+    return Weights(tensors, ours, "gpt2" if plain else str(file), config["vocab_size"], {})
+
+
+def _download(name: str) -> Path:
+    """A local copy of a model on the hub: weights, settings and tokenizer."""
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors",
+                                                            "tokenizer.json"]))
+    except Exception as error:  # no such name, no network, no package: each its own type
+        raise CheckpointError(
+            f"{name} is neither a ckpt.pt, nor a folder, nor could it be fetched from the hub "
+            f"({type(error).__name__}); check the name, or give a local folder") from error

@@ -125,6 +125,25 @@ def test_any_text_is_prepared_and_one_document_is_cut_in_two(tmp_path, refused):
         module.main, [f"--out_dir={tmp_path / 'x'}", "--tokenizer=bytes"])
 
 
+@pytest.mark.parametrize("text, train, val", [
+    ("x" * 1000, 901, 101),  # nowhere to cut: at the exact place
+    ("\n" + "x" * 999, 901, 101),  # a line break, but far from it
+    ("word " * 200, 901, 101), ("words " * 200, 1081, 121), ("ab", 2, 2)])
+def test_a_document_without_a_line_break_is_cut_near_the_exact_place(tmp_path, text, train, val):
+    (tmp_path / "one.txt").write_text(text)
+    script("text").main([f"--input={tmp_path / 'one.txt'}", "--tokenizer=bytes",
+                         "--val_fraction=0.1", f"--out_dir={tmp_path / 'out'}"])
+    data = open_dataset(str(tmp_path / "out"), 1)
+    assert (len(data.train), len(data.val)) == (train, val)  # an end-of-text each
+
+
+def test_a_document_that_cannot_be_cut_in_two_is_refused(tmp_path, refused):
+    (tmp_path / "one.txt").write_text("x")
+    line = refused(script("text").main, [f"--input={tmp_path / 'one.txt'}", "--tokenizer=bytes",
+                                         f"--out_dir={tmp_path / 'out'}"])
+    assert "one document of 1 characters, too short" in line
+
+
 def test_a_damaged_gpt2_file_is_refused_and_kept(tmp_path, monkeypatch):
     path = tmp_path / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
     path.write_text("damaged")

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import knob, load_or_exit  # noqa: E402
-from corpus import Documents, PrepareSettings, local_documents, prepare  # noqa: E402
+from corpus import CorpusError, Documents, PrepareSettings, local_documents, prepare  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,28 @@ def text_documents(pattern: str, val_fraction: float) -> Documents:
 
     def read(start: int) -> Iterator[tuple[str, str]]:
         (_, text), = documents.read(0)
-        cut = text.rfind("\n", 0, int(len(text) * (1 - val_fraction))) + 1
+        cut = _cut(text, val_fraction)
         yield from [("train", text[:cut]), ("val", text[cut:])][start:]
 
     return replace(documents, count=2, read=read)
+
+
+def _cut(text: str, val_fraction: float) -> int:
+    """Returns where the validation part of a single document begins.
+
+    That is after a line break or else a space, if one lies so near before the exact place that the
+    part grows by less than half. Raises CorpusError when the text cannot be cut in two.
+    """
+    if len(text) < 2:
+        raise CorpusError(f"--input is one document of {len(text)} characters, too short for a "
+                          "training and a validation part; give more text")
+    exact = min(max(int(len(text) * (1 - val_fraction)), 1), len(text) - 1)
+    earliest = max(0, exact - (len(text) - exact) // 2)
+    for separator in ("\n", " "):
+        found = text.rfind(separator, earliest, exact)
+        if found > 0:
+            return found + 1
+    return exact
 
 
 def main(argv: list[str]) -> None:

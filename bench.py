@@ -31,13 +31,20 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import train
-from configurator import ConfigError, exit_with, knob, load
-from dataloader import DataError, Dataset, open_dataset
-from distributed import DeviceError, start_ranks, world_size
-from metrics import peak_flops
 from model import GPT
-from optimizers import OPTIMIZERS, Lion, check, cosine_lr, parameter_groups, with_own_defaults
-from options import Config
+from nanosophia.configurator import ConfigError, exit_with, knob, load
+from nanosophia.dataloader import DataError, Dataset, open_dataset
+from nanosophia.distributed import DeviceError, start_ranks, world_size
+from nanosophia.metrics import peak_flops
+from nanosophia.optimizers import (
+    OPTIMIZERS,
+    Lion,
+    check,
+    cosine_lr,
+    parameter_groups,
+    with_own_defaults,
+)
+from nanosophia.options import Config
 from sophia import Sophia
 
 BASELINE = "AdamW, torch fused"

@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from checkpoint import MANIFEST, CheckpointError
-from configurator import ConfigError, Settings, exit_with, knob, load
-from distributed import DeviceError, start_ranks
 from model import GPT
-from tokenizer import EOT, TextStream, TokenizerError, get_tokenizer
-from weights import Weights, foreign_weights, run_weights
+from nanosophia.checkpoint import MANIFEST, CheckpointError
+from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.distributed import DeviceError, start_ranks
+from nanosophia.tokenizer import EOT, TextStream, TokenizerError, get_tokenizer
+from nanosophia.weights import Weights, foreign_weights, run_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import checkpoint as checkpoints
-import dry_run
-from checkpoint import Checkpoint, CheckpointError, RunLock, Saver
-from configurator import (
+from model import GPT, GPTConfig
+from nanosophia import checkpoint as checkpoints
+from nanosophia import dry_run
+from nanosophia.checkpoint import Checkpoint, CheckpointError, RunLock, Saver
+from nanosophia.configurator import (
     ConfigError,
     as_dict,
     changed,
@@ -37,7 +38,7 @@ from configurator import (
     load,
     with_sources,
 )
-from dataloader import (
+from nanosophia.dataloader import (
     DataError,
     Dataset,
     Prefetcher,
@@ -48,7 +49,7 @@ from dataloader import (
     keyed_seed,
     open_dataset,
 )
-from distributed import (
+from nanosophia.distributed import (
     DeviceError,
     Ranks,
     StopSignals,
@@ -64,12 +65,19 @@ from distributed import (
     world_size,
     wrap,
 )
-from metrics import Health, Recorder, peak_flops
-from model import GPT, GPTConfig
-from optimizers import Estimator, advice, build, check, cosine_lr, unless, with_own_defaults
-from options import Config
-from tokenizer import TokenizerError, byte_lengths, get_tokenizer
-from weights import foreign_weights, saved_model_config
+from nanosophia.metrics import Health, Recorder, peak_flops
+from nanosophia.optimizers import (
+    Estimator,
+    advice,
+    build,
+    check,
+    cosine_lr,
+    unless,
+    with_own_defaults,
+)
+from nanosophia.options import Config
+from nanosophia.tokenizer import TokenizerError, byte_lengths, get_tokenizer
+from nanosophia.weights import foreign_weights, saved_model_config
 
 MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import ConfigError, exit_with, knob, load
 from experiments.plot import COLOURS, pyplot
 from experiments.runs import Cell, RunSettings, by_name, mean, scaled
+from nanosophia.configurator import ConfigError, exit_with, knob, load
 
 
 @dataclass(frozen=True, kw_only=True)

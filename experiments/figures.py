@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from configurator import ConfigError, exit_with, knob, load
 from experiments.gamma import climb
 from experiments.plot import COLOURS, STYLES, pyplot
 from experiments.runs import Cell, Result, RunSettings, by_name, scaled
+from nanosophia.configurator import ConfigError, exit_with, knob, load
 
 # What the small preset lays over a config of the paper. Its steps are 240 times smaller in tokens,
 # so gamma is larger; its rates are those that suited AdamW there, in the paper's proportions.

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import ConfigError, Settings, exit_with, knob, load
-from dataloader import DataError, open_dataset
+from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.dataloader import DataError, open_dataset
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from configurator import ConfigError, exit_with, knob, load
 from experiments.compare import flags
 from experiments.runs import Cell, Result, RunSettings, mean, scaled
-from optimizers import OPTIMIZERS
+from nanosophia.configurator import ConfigError, exit_with, knob, load
+from nanosophia.optimizers import OPTIMIZERS
 
 RANGE = (0.1, 0.5)  # of unclipped coordinates, the paper's section 3.1
 BLOW_UP, AVERAGED = 1.25, 5

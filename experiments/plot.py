@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -203,9 +203,9 @@ def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
     """Versions and texts of the newest checkpoint; nothing where there is none."""
     import torch
 
-    from checkpoint import CheckpointError
-    from tokenizer import TokenizerError, get_tokenizer
-    from weights import run_weights
+    from nanosophia.checkpoint import CheckpointError
+    from nanosophia.tokenizer import TokenizerError, get_tokenizer
+    from nanosophia.weights import run_weights
     try:
         weights = run_weights(run)
         if weights is None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import Settings, knob, load_or_exit
+from nanosophia.configurator import Settings, knob, load_or_exit
 
 ROOT = Path(__file__).resolve().parents[1]
 

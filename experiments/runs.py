@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import dry_run
-import optimizers
-from configurator import ConfigError, Settings, as_dict, knob, load
 from experiments.plot import read_config, read_metrics
-from options import Config
+from nanosophia import dry_run, optimizers
+from nanosophia.configurator import ConfigError, Settings, as_dict, knob, load
+from nanosophia.options import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 

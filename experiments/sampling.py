@@ -13,8 +13,8 @@ from statistics import median
 
 import torch
 
-from configurator import ConfigError, Settings, exit_with, knob, load
 from model import GPT, GPTConfig, draw_token
+from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from configurator import ConfigError, exit_with, knob, load
 from experiments.plot import COLOURS, STYLES, pyplot
 from experiments.runs import Cell, Result, RunSettings
+from nanosophia.configurator import ConfigError, exit_with, knob, load
 
 MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=96", "--block_size=128",
          "--eval_interval=100", "--eval_windows=1000", "--checkpoint_interval=1000",

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configurator import ConfigError, Settings, exit_with, knob, load
 from experiments.plot import COLOURS, pyplot
-from optimizers import Lion
+from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.optimizers import Lion
 from sophia import Sophia
 
 DELTA, EPSILON = 1.0, 1e-3  # loss at the start (of each direction), and where it has to be

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configurator import ConfigError, Settings, exit_with, knob, load
 from experiments.plot import COLOURS, STYLES, pyplot
-from optimizers import Lion
+from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.optimizers import Lion
 from sophia import Sophia
 
 START, MINIMUM, SOLVED = (0.2, 0.0), (1.0, 4.0), 1e-3

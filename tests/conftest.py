@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from corpus import Documents, write_corpus
+from nanosophia.corpus import Documents, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -55,7 +55,8 @@ def data_dir(tmp_path_factory):
     """A prepared byte-level folder: this project's own source, one module for validation."""
     folder = tmp_path_factory.mktemp("data")
     texts = [("val", (ROOT / "model.py").read_text()[:10_005])]  # no multiple of a window
-    texts += [("train", p.read_text()) for p in sorted(ROOT.glob("*.py")) if p.name != "model.py"]
+    texts += [("train", p.read_text()) for p in
+              sorted([*ROOT.glob("*.py"), *ROOT.glob("nanosophia/*.py")]) if p.name != "model.py"]
     write_corpus(listed(texts), folder, "bytes")
     return folder
 

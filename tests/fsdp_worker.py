@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from distributed import Ranks, wrap
 from model import GPT, GPTConfig
+from nanosophia.distributed import Ranks, wrap
 from sophia import Sophia
 
 OPTIONS = {"plain": {}, "compiled": dict(compiled=True), "tensors": dict(gamma_target=0.9),

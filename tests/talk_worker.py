@@ -5,8 +5,8 @@ import sys
 import torch.distributed as dist
 import torch.nn as nn
 
-import distributed
 import train
+from nanosophia import distributed
 
 sums: list[int] = []  # elements of each all_reduce that the project itself makes
 backwards: list[bool] = []  # whether each backward's gradients are synchronised

@@ -7,52 +7,64 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "nanosophia"
 
-BELOW_TRAIN = {"configurator", "tokenizer", "dataloader", "distributed", "optimizers", "checkpoint",
-               "metrics", "model", "options", "weights"}
+# Modules at the root, then those of the package, each with the modules of ours it may import.
 ALLOWED = {
+    "model": set(),
+    "sophia": set(),
+    "train": {"model", "checkpoint", "configurator", "dataloader", "distributed", "dry_run",
+              "metrics", "optimizers", "options", "tokenizer", "weights"},
+    "bench": {"model", "sophia", "train", "configurator", "dataloader", "distributed", "metrics",
+              "optimizers", "options"},
+    "sample": {"model", "checkpoint", "configurator", "distributed", "tokenizer", "weights"},
     "configurator": set(),
     "tokenizer": set(),
-    "corpus": {"configurator", "tokenizer"},  # for what the prepare scripts share
-    "model": set(),
-    "options": {"configurator", "model"},
-    "weights": {"checkpoint", "model", "options"},
-    "sophia": set(),
     "dataloader": set(),
     "distributed": set(),
-    "optimizers": {"configurator", "options", "sophia"},
-    "checkpoint": {"distributed"},
     "metrics": set(),
-    "dry_run": {"configurator", "dataloader", "metrics", "model", "optimizers", "options"},
-    "train": BELOW_TRAIN | {"dry_run"},
-    "bench": BELOW_TRAIN | {"sophia", "train"},
-    "sample": {"configurator", "checkpoint", "model", "tokenizer", "distributed", "weights"},
-    "superglue": {"configurator", "checkpoint", "model", "tokenizer", "distributed", "weights"},
-    "huggingface": {"configurator", "checkpoint", "model", "options", "tokenizer", "weights"},
+    "corpus": {"configurator", "tokenizer"},  # for what the prepare scripts share
+    "options": {"configurator", "model"},
+    "checkpoint": {"distributed"},
+    "weights": {"model", "checkpoint", "options"},
+    "optimizers": {"sophia", "configurator", "options"},
+    "dry_run": {"model", "configurator", "dataloader", "metrics", "optimizers", "options"},
+    "superglue": {"model", "checkpoint", "configurator", "distributed", "tokenizer", "weights"},
+    "huggingface": {"model", "checkpoint", "configurator", "options", "tokenizer", "weights"},
 }
 WITHOUT_TORCH = {"configurator", "tokenizer", "corpus"}
 TORCH_ALONE = {"model", "sophia"}
 # Missing packages must not stop training: these may only be imported where they are used.
 LAZY = {"tiktoken", "datasets", "wandb", "transformers", "matplotlib", "pyarrow"}
 SHADOWS = {"config", "data", "evaluate", "types", "logging", "random", "profile"}
+COMMANDS = {"train", "sample", "bench"}
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """(top-level package, line, whether at module level) of every import in a file."""
+    """(module of ours or top-level package, line, whether at module level) of each import."""
     found = []
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
+            names = [f"{PACKAGE}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
-        found += [(name.partition(".")[0], node.lineno, node in tree.body) for name in names]
+        for name in names:
+            first, _, second = name.partition(".")
+            found.append((second or first if first == PACKAGE else first, node.lineno,
+                          node in tree.body))
     return found
 
 
 def own_modules() -> dict[str, Path]:
-    return {path.stem: path for path in ROOT.glob("*.py")}
+    """Every module of the root and of the package by its name, which is used once."""
+    paths = [*ROOT.glob("*.py"), *(ROOT / PACKAGE).glob("*.py")]
+    found = {path.stem: path for path in paths if path.stem != "__init__"}
+    assert len(found) == len(paths) - 1
+    return found
 
 
 @pytest.mark.parametrize("module", sorted(own_modules()))
@@ -68,8 +80,29 @@ def test_each_module_imports_only_what_its_room_allows(module):
         assert not (name in LAZY and top_level), f"{where} at module level"
 
 
-def test_no_root_file_shadows_a_folder_or_a_package():
-    assert not SHADOWS & set(own_modules())
+def test_the_import_table_has_no_cycle_no_arrow_upward_and_no_row_too_many():
+    assert ALLOWED.keys() == own_modules().keys()
+    above: list[str] = []
+
+    def visit(module: str) -> None:
+        assert module not in above, f"a cycle: {' -> '.join([*above, module])}"
+        above.append(module)
+        for name in sorted(ALLOWED[module]):
+            visit(name)
+        above.pop()
+
+    for module, path in own_modules().items():
+        visit(module)
+        if path.parent.name == PACKAGE:
+            assert not ALLOWED[module] & COMMANDS, module
+        used = {name for name, _, _ in imports(path) if name in own_modules()}
+        assert used == ALLOWED[module], f"{module}: the table allows what is not used"
+
+
+def test_the_root_holds_what_was_asked_for_and_nothing_else():
+    names = {path.stem for path in ROOT.glob("*.py")}
+    assert names == {"train", "model", "sophia", "sample", "bench"}
+    assert not SHADOWS & names
     assert not list(ROOT.glob("config/__init__.py")) + list(ROOT.glob("data/**/__init__.py"))
 
 
@@ -79,6 +112,6 @@ def test_the_loop_knows_no_optimizer_by_name():
         assert name not in text
 
 
-def test_the_readme_names_every_root_file():
+def test_the_readme_names_every_file_of_the_root_and_the_package():
     readme = (ROOT / "README.md").read_text()
     assert not [f"{m}.py" for m in own_modules() if f"{m}.py" not in readme]

@@ -8,7 +8,7 @@ import torch
 
 import bench
 import train
-from configurator import load
+from nanosophia.configurator import load
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
          "--total_batch_size=4", "--hessian_batch_size=2", "--vocab_size=320", "--device=cpu",

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
 import train
-from checkpoint import CheckpointError, checkpoints, newest, save
 from model import GPT, GPTConfig
-from weights import foreign_weights
+from nanosophia import checkpoint
+from nanosophia.checkpoint import CheckpointError, checkpoints, newest, save
+from nanosophia.weights import foreign_weights
 
 
 def write(out_dir, step, keep=2):

@@ -3,9 +3,9 @@
 import pytest
 
 import train
-from configurator import ConfigError, help_text, load
-from optimizers import check
-from options import Config
+from nanosophia.configurator import ConfigError, help_text, load
+from nanosophia.optimizers import check
+from nanosophia.options import Config
 
 
 def loaded(*argv):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpus import (
+from nanosophia.corpus import (
     CorpusError,
     Documents,
     hub_documents,
@@ -22,9 +22,9 @@ from corpus import (
     verify,
     write_corpus,
 )
-from dataloader import open_dataset
+from nanosophia.dataloader import open_dataset
+from nanosophia.tokenizer import EOT, TokenizerError, byte_lengths, fingerprint, get_tokenizer
 from tests.conftest import ROOT, listed
-from tokenizer import EOT, TokenizerError, byte_lengths, fingerprint, get_tokenizer
 
 
 def script(name):
@@ -165,7 +165,7 @@ def test_without_network_or_files_gpt2_says_how_to_supply_them(tmp_path, monkeyp
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_files_hold_each_document_and_end_of_text_in_order(tmp_path, monkeypatch, num_proc):
-    monkeypatch.setattr("corpus.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("nanosophia.corpus.BATCH_CHARACTERS", 50)
     documents = [("val" if i % 7 == 3 else "train", f"document {i} " * (i % 5)) for i in range(60)]
     meta = write_corpus(listed(documents), tmp_path, "bytes", num_proc=num_proc)
     assert json.loads((tmp_path / "meta.json").read_text()) == meta
@@ -182,8 +182,8 @@ def test_files_hold_each_document_and_end_of_text_in_order(tmp_path, monkeypatch
 
 
 def test_a_long_document_in_pieces_tokenises_as_a_whole(tmp_path, monkeypatch, gpt2_cache):
-    monkeypatch.setattr("corpus.BATCH_CHARACTERS", 40)
-    monkeypatch.setattr("corpus.SAVE_TOKENS", 1)
+    monkeypatch.setattr("nanosophia.corpus.BATCH_CHARACTERS", 40)
+    monkeypatch.setattr("nanosophia.corpus.SAVE_TOKENS", 1)
     text = (ROOT / "README.md").read_text() + "\n\n  x\n's\r\n don't\n1\n \n2" * 20
     write_corpus(listed([("train", text), ("val", "v"), ("train", text[::-1])]), tmp_path, "gpt2")
     encoding = get_tokenizer("gpt2")
@@ -194,7 +194,7 @@ def test_a_long_document_in_pieces_tokenises_as_a_whole(tmp_path, monkeypatch, g
 
 def test_a_failing_source_keeps_what_is_done_and_the_next_run_ends_with_the_same_bytes(
         tmp_path, monkeypatch):
-    monkeypatch.setattr("corpus.BATCH_CHARACTERS", 64)
+    monkeypatch.setattr("nanosophia.corpus.BATCH_CHARACTERS", 64)
     documents = [("val" if i % 5 == 0 else "train", f"document {i} " * 9) for i in range(40)]
     write_corpus(listed(documents), tmp_path / "whole", "bytes")
 
@@ -233,7 +233,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc
     """kill -9, up to ten times, then to the end; progress is saved often."""
     (tmp_path / "in.jsonl").write_text("".join(
         json.dumps({"text": f"document {i} " * 200}) + "\n" for i in range(3000)))
-    code = ("import sys, corpus; corpus.SAVE_TOKENS = corpus.BATCH_CHARACTERS = 1 << 16\n"
+    code = ("import sys\nfrom nanosophia import corpus\n"
+            "corpus.SAVE_TOKENS = corpus.BATCH_CHARACTERS = 1 << 16\n"
             "from pathlib import Path\n"
             "source = corpus.local_documents(sys.argv[1], lambda n: lambda i: "
             "'val' if i % 9 == 4 else 'train')\n"
@@ -307,7 +308,7 @@ def test_lone_surrogates_of_web_dumps_are_replaced(tmp_path):
 def test_a_full_disk_is_said_and_what_is_done_is_kept(tmp_path, monkeypatch):
     import errno
 
-    import corpus
+    from nanosophia import corpus
 
     def full(self, ids, documents):
         raise OSError(errno.ENOSPC, "No space left on device")

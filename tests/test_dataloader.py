@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from dataloader import (
+from nanosophia.dataloader import (
     PURPOSES,
     DataError,
     Prefetcher,

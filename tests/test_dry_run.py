@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import dry_run
 import train
-from configurator import load
 from model import GPT, GPTConfig
-from optimizers import build, with_own_defaults
-from options import Config
+from nanosophia import dry_run
+from nanosophia.configurator import load
+from nanosophia.optimizers import build, with_own_defaults
+from nanosophia.options import Config
 from tests.conftest import Allocated
 
 CONFIGS = sorted(Path("config").glob("*.py"))

@@ -13,9 +13,9 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 
-from configurator import load
 from experiments import compare, figures, gamma, runs, study, theory, toy
 from experiments.runs import Cell, Result
+from nanosophia.configurator import load
 
 # A run of a second on the tests' own data.
 QUICK = ("--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--batch_size=4",

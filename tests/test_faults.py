@@ -18,11 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train
-from checkpoint import CheckpointError, RunLock, Saver, checkpoints, newest, open_checkpoint
-from corpus import write_corpus
-from distributed import Ranks
+from nanosophia import checkpoint
+from nanosophia.checkpoint import (
+    CheckpointError,
+    RunLock,
+    Saver,
+    checkpoints,
+    newest,
+    open_checkpoint,
+)
+from nanosophia.corpus import write_corpus
+from nanosophia.distributed import Ranks
 from tests.conftest import ROOT, listed, run_train, torchrun
 from tests.faults import child
 

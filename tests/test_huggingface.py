@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import huggingface
 import sample
 import train
-from checkpoint import newest
 from model import GPT
+from nanosophia import checkpoint, huggingface
+from nanosophia.checkpoint import newest
+from nanosophia.tokenizer import EOT, get_tokenizer
+from nanosophia.weights import foreign_weights, run_weights
 from tests.conftest import run_train
-from tokenizer import EOT, get_tokenizer
-from weights import foreign_weights, run_weights
 
 transformers = pytest.importorskip("transformers")
 TEXT = "Hello  world!\n\tdef f(x):  return 3.14 # naïve ünïcode 日本語 🎉 don't 'll \x00 end"

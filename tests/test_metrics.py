@@ -2,7 +2,7 @@
 
 import json
 
-from metrics import Health, Recorder, peak_flops
+from nanosophia.metrics import Health, Recorder, peak_flops
 
 
 def recorder(tmp_path, first_step=0, **kwargs):

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+HUGGINGFACE = ["-m", "nanosophia.huggingface"]
 FIELD = 'norm: Literal["layer", "rms"] = option("layer", "kind of normalisation")'
 
 
@@ -19,8 +20,7 @@ def changed_project(tmp_path_factory, data_dir):
     root = tmp_path_factory.mktemp("changed")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, root)
-    if (ROOT / "nanosophia").is_dir():
-        shutil.copytree(ROOT / "nanosophia", root / "nanosophia")
+    shutil.copytree(ROOT / "nanosophia", root / "nanosophia")
     text = (root / "model.py").read_text()
     text = text.replace("    dropout: float", f"    {FIELD}\n    dropout: float", 1)
     made = "nn.LayerNorm(config.n_embd, bias=config.bias)"
@@ -54,8 +54,8 @@ def test_a_checkpoint_is_read_as_the_model_that_was_trained(changed_project, dat
     recorded = json.loads(lines[-1])["val/loss"]
     script = f"""
 from pathlib import Path
-from {MODULE}weights import run_weights
-from {MODULE}dataloader import ValidationWindows, inputs_and_targets, open_dataset
+from nanosophia.weights import run_weights
+from nanosophia.dataloader import ValidationWindows, inputs_and_targets, open_dataset
 import torch
 model = run_weights(Path("run")).build().eval()
 windows = ValidationWindows(open_dataset({str(data_dir)!r}, 16).val, block_size=16, limit=0)
@@ -82,7 +82,3 @@ def test_an_export_refuses_what_transformers_cannot_compute(changed_project, tmp
                    f"--export={tmp_path / 'hf'}", code=2)
     assert "norm = 'rms', which transformers' GPT-2 cannot compute" in said
     assert not (tmp_path / "hf").exists()
-
-
-MODULE = "nanosophia." if (ROOT / "nanosophia").is_dir() else ""
-HUGGINGFACE = ["-m", "nanosophia.huggingface"] if MODULE else ["huggingface.py"]

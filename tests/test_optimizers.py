@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from configurator import ConfigError, load
 from model import GPT, GPTConfig
-from optimizers import (
+from nanosophia.configurator import ConfigError, load
+from nanosophia.optimizers import (
     AdaHessian,
     AdaHessianClip,
     Lion,
@@ -20,7 +20,7 @@ from optimizers import (
     parameter_groups,
     with_own_defaults,
 )
-from options import Config
+from nanosophia.options import Config
 from sophia import Sophia
 from tests.conftest import ROOT
 from train import MODEL_KEYS

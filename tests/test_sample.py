@@ -5,9 +5,9 @@ import io
 import pytest
 
 import sample
+from nanosophia.tokenizer import TextStream, get_tokenizer
 from tests.conftest import run_train
 from tests.test_checkpoint import nanogpt_file
-from tokenizer import TextStream, get_tokenizer
 
 RULE = "---------------"
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import superglue
 from model import GPT
+from nanosophia import superglue
+from nanosophia.tokenizer import EOT, get_tokenizer
 from tests.conftest import run_train
-from tokenizer import EOT, get_tokenizer
 
 ROWS = {
     "BoolQ": [dict(passage=f"The ball {i} is red.", question="is it red", label=i % 3 == 0)

@@ -12,13 +12,13 @@ import torch
 
 import sample
 import train
-from checkpoint import newest
-from configurator import ConfigError, load
-from dataloader import open_dataset
-from distributed import Ranks
 from model import GPT, GPTConfig
-from optimizers import OPTIMIZERS
-from options import Config
+from nanosophia.checkpoint import newest
+from nanosophia.configurator import ConfigError, load
+from nanosophia.dataloader import open_dataset
+from nanosophia.distributed import Ranks
+from nanosophia.optimizers import OPTIMIZERS
+from nanosophia.options import Config
 from tests.conftest import Allocated, run_train, torchrun
 from tests.test_checkpoint import nanogpt_file
 

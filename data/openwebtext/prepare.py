@@ -19,8 +19,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from configurator import exit_with, knob, load_or_exit  # noqa: E402
-from corpus import (  # noqa: E402
+from nanosophia.configurator import exit_with, knob, load_or_exit  # noqa: E402
+from nanosophia.corpus import (  # noqa: E402
     CorpusError,
     Documents,
     PrepareSettings,

@@ -15,8 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from configurator import knob, load_or_exit  # noqa: E402
-from corpus import (  # noqa: E402
+from nanosophia.configurator import knob, load_or_exit  # noqa: E402
+from nanosophia.corpus import (  # noqa: E402
     CorpusError,
     Documents,
     PrepareSettings,

@@ -17,8 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from configurator import load_or_exit  # noqa: E402
-from corpus import CorpusError, Documents, PrepareSettings, prepare  # noqa: E402
+from nanosophia.configurator import load_or_exit  # noqa: E402
+from nanosophia.corpus import CorpusError, Documents, PrepareSettings, prepare  # noqa: E402
 
 VAL_PER_MILLE = 50
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}

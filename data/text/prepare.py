@@ -16,8 +16,8 @@ from typing import Literal
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from configurator import knob, load_or_exit  # noqa: E402
-from corpus import CorpusError, Documents, PrepareSettings, local_documents, prepare  # noqa: E402
+from nanosophia.configurator import knob, load_or_exit  # noqa: E402
+from nanosophia.corpus import CorpusError, Documents, PrepareSettings, local_documents, prepare  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+DATA = Path(__file__).resolve().parents[1] / "data"
 # Streams of random numbers that must not meet; part of the key of every generator.
 PURPOSES = ("epoch", "hessian", "dropout", "hessian_dropout", "random")
 
@@ -57,11 +58,11 @@ GPT2_VOCAB = 50257
 
 
 def open_dataset(name: str, block_size: int) -> Dataset:
-    """The dataset called `name`: a folder under data/ beside this file, or a path.
+    """The dataset called `name`: a folder under the project's data/, or a path.
 
     Raises DataError where a file is missing, contradicts meta.json, or is shorter than a window.
     """
-    folder = Path(__file__).resolve().parent / "data" / name
+    folder = DATA / name
     if not folder.is_dir() or ("/" in name and Path(name).is_dir()):
         folder = Path(name)
     arrays = {}
@@ -99,10 +100,9 @@ def open_dataset(name: str, block_size: int) -> Dataset:
 
 
 def _how_to_prepare(name: str) -> str:
-    scripts = Path(__file__).resolve().parent / "data"
-    if (scripts / name / "prepare.py").is_file():
+    if (DATA / name / "prepare.py").is_file():
         return f"run python data/{name}/prepare.py"
-    known = ", ".join(sorted(p.parent.name for p in scripts.glob("*/prepare.py")))
+    known = ", ".join(sorted(p.parent.name for p in DATA.glob("*/prepare.py")))
     return f"--dataset takes a prepared folder, or one of data/: {known}"
 
 

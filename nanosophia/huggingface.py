@@ -1,7 +1,7 @@
 """A run to a folder that transformers loads, and GPT-2 from there to a run.
 
-    python huggingface.py --out_dir=out/quickstart --export=out/quickstart-hf
-    python huggingface.py --import_from=gpt2 --out_dir=out/gpt2
+    python -m nanosophia.huggingface --out_dir=out/quickstart --export=out/quickstart-hf
+    python -m nanosophia.huggingface --import_from=gpt2 --out_dir=out/gpt2
 
 The folder holds model.safetensors, config.json, the tokenizer and a model card; it loads with
 AutoModelForCausalLM and AutoTokenizer. GPT-2 there always has biases: those that a model lacks are
@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import CheckpointError, checkpoints, save
-from configurator import ConfigError, Settings, as_dict, exit_with, knob, load
 from model import GPTConfig
-from options import Config
-from tokenizer import EOT, TokenizerError, byte_letters, get_tokenizer
-from weights import ACTIVATIONS, TRANSPOSED, Weights, foreign_weights, run_weights
+from nanosophia.checkpoint import CheckpointError, checkpoints, save
+from nanosophia.configurator import ConfigError, Settings, as_dict, exit_with, knob, load
+from nanosophia.options import Config
+from nanosophia.tokenizer import EOT, TokenizerError, byte_letters, get_tokenizer
+from nanosophia.weights import ACTIVATIONS, TRANSPOSED, Weights, foreign_weights, run_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,8 @@ class HuggingFaceSettings(Settings):
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
     try:
-        settings, _ = load(HuggingFaceSettings, argv, "huggingface.py --key=value")
+        settings, _ = load(HuggingFaceSettings, argv,
+                           "python -m nanosophia.huggingface --key=value")
         if settings.export:
             folder = export(settings)
             print(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({folder!s})")

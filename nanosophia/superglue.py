@@ -1,7 +1,7 @@
 """Few-shot SuperGLUE, as appendix C.3 of the Sophia paper runs it.
 
-    python superglue.py --out_dir=out/gpt2-small-sophiag --tasks=boolq,cb,copa,rte
-    python superglue.py --out_dir=RUN --data_dir=FOLDER     FOLDER/BoolQ/train.jsonl, val.jsonl, ...
+    python -m nanosophia.superglue --out_dir=out/gpt2-small-sophiag --tasks=boolq,cb,copa,rte
+    python -m nanosophia.superglue --out_dir=RUN --data_dir=FOLDER  with FOLDER/BoolQ/val.jsonl, ...
 
 Two worked examples from the training split, then the question; greedy decoding; the answer counts
 when the first line decoded is the expected one. Five draws of examples are averaged. Prompts have
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from checkpoint import CheckpointError
-from configurator import ConfigError, Settings, exit_with, knob, load
-from distributed import DeviceError, start_ranks
 from model import GPT
-from tokenizer import TokenizerError, get_tokenizer
-from weights import Weights, foreign_weights, run_weights
+from nanosophia.checkpoint import CheckpointError
+from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.distributed import DeviceError, start_ranks
+from nanosophia.tokenizer import TokenizerError, get_tokenizer
+from nanosophia.weights import Weights, foreign_weights, run_weights
 
 
 class Task(NamedTuple):
@@ -91,7 +91,7 @@ class SuperGlueSettings(Settings):
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
     try:
-        settings, _ = load(SuperGlueSettings, argv, "superglue.py [--key=value]")
+        settings, _ = load(SuperGlueSettings, argv, "python -m nanosophia.superglue [--key=value]")
         results = run(settings)
         print(table(results))
         if settings.init_from == "resume":

@@ -7,8 +7,8 @@ The model's options are inherited from `model.GPTConfig`: a field added there is
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from configurator import ConfigError, Settings, knob
 from model import GPTConfig
+from nanosophia.configurator import ConfigError, Settings, knob
 
 
 @dataclass(frozen=True, kw_only=True)

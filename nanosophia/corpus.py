@@ -27,8 +27,8 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from configurator import ConfigError, Settings, exit_with, knob
-from tokenizer import (
+from nanosophia.configurator import ConfigError, Settings, exit_with, knob
+from nanosophia.tokenizer import (
     EOT,
     FILE_NAME,
     FileEncoding,

@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from configurator import ConfigError, changed
-from options import Config
+from nanosophia.configurator import ConfigError, changed
+from nanosophia.options import Config
 from sophia import Sophia, empirical_fisher, gauss_newton_bartlett, hutchinson
 
 Reduce = Callable[[list[Tensor]], None] | None  # sums tensors over ranks, in place

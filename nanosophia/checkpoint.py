@@ -29,7 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distributed import Ranks, host_copy, is_sharded, on_main, second_group, zeros_like_shards
+from nanosophia.distributed import (
+    Ranks,
+    host_copy,
+    is_sharded,
+    on_main,
+    second_group,
+    zeros_like_shards,
+)
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")

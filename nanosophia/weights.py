@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint import Checkpoint, CheckpointError, checkpoints, newest, open_checkpoint
 from model import GPT, GPTConfig
-from options import Config
+from nanosophia.checkpoint import Checkpoint, CheckpointError, checkpoints, newest, open_checkpoint
+from nanosophia.options import Config
 
 
 class Weights(NamedTuple):

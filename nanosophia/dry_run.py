@@ -1,7 +1,7 @@
 """What a run would take, before it takes it: parameters, FLOPs, memory per rank, days.
 
     python train.py CONFIG --dry_run
-    python dry_run.py config/train_*.py        one line per config, as a Markdown table
+    python -m nanosophia.dry_run config/train_*.py    one line per config, as a Markdown table
 
 The model and the optimizer are built on torch's meta device, where tensors have shapes and no
 memory: counts of parameters and optimizer state are those of the real ones. Activations and days
@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import ConfigError, changed, exit_with, load
-from dataloader import DataError, open_dataset
-from metrics import peak_flops
 from model import GPT
-from optimizers import build, with_own_defaults
-from options import Config
+from nanosophia.configurator import ConfigError, changed, exit_with, load
+from nanosophia.dataloader import DataError, open_dataset
+from nanosophia.metrics import peak_flops
+from nanosophia.optimizers import build, with_own_defaults
+from nanosophia.options import Config
 
 GPUS = (1, 8, 64, 256)
 GIB = 2**30
@@ -176,13 +176,16 @@ def table(configs: dict[str, Config]) -> str:
     return "\n".join(lines)
 
 
+USAGE = "python -m nanosophia.dry_run config/FILE.py... [--key=value]"
+
+
 def main(argv: list[str]) -> None:
     """The command: config files, and flags for all of them."""
     files, flags = ([a for a in argv if a.startswith("-") == dash] for dash in (False, True))
     try:
         if not files:
-            raise ConfigError("give config files: python dry_run.py config/train_*.py")
-        print(table({Path(f).stem: with_own_defaults(*load(Config, [f, *flags], "dry_run.py"))
+            raise ConfigError("give config files: python -m nanosophia.dry_run config/*.py")
+        print(table({Path(f).stem: with_own_defaults(*load(Config, [f, *flags], USAGE))
                      for f in files}))
     except ConfigError as error:
         exit_with(error)

@@ -1,0 +1,1 @@
+"""What the commands of nanoSophia are made of."""

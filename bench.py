@@ -32,9 +32,9 @@ from torch.nn.attention import SDPBackend
 
 import train
 from model import GPT
-from nanosophia.configurator import ConfigError, exit_with, knob, load
-from nanosophia.dataloader import DataError, Dataset, open_dataset
-from nanosophia.distributed import DeviceError, start_ranks, world_size
+from nanosophia.configurator import ConfigError, command, knob, load
+from nanosophia.dataloader import Dataset, open_dataset
+from nanosophia.distributed import start_ranks, world_size
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import (
     OPTIMIZERS,
@@ -68,39 +68,33 @@ class BenchSettings(Config):
     json: str = knob("", "file that receives the table; empty = none")
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, sources = load(BenchSettings, argv, "bench.py [config/FILE.py] [--key=value]")
-        stored = None
-        if settings.against:
-            stored = _stored(settings.against)
-            settings, sources = load(BenchSettings, [*stored["command"], *argv], "bench.py")
-            names = [part.strip() for part in settings.compare.split(";") if part.strip()]
-            if settings.what != "training" or names != list(stored["rows"]):
-                raise ConfigError(f"--against={settings.against} compares "
-                                  f"{'; '.join(stored['rows'])}; leave --compare and --what out",
-                                  "compare", "what")
-        if settings.what == "optimizers":
-            report = bench_optimizers(settings)
-            print(table(report))
-        else:
-            report = bench_training(settings, sources)
-            given = [*stored["command"], *argv] if stored else argv
-            report["command"] = [a for a in given if not a.startswith(
-                ("--json=", "--against=", "--tolerance="))]
-            print(training_table(report))
-        if settings.json:
-            Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(settings.json).write_text(json.dumps(report, indent=1) + "\n")
-        if stored and not print_growth(stored, report, settings.tolerance):
-            raise SystemExit(1)
-    except (ConfigError, DataError, DeviceError) as error:
-        exit_with(error)
-    except OSError as error:
-        exit_with(ConfigError(f"--json={settings.json} cannot be written: {error.strerror}"))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings, sources = load(BenchSettings, argv, "bench.py [config/FILE.py] [--key=value]")
+    stored = None
+    if settings.against:
+        stored = _stored(settings.against)
+        settings, sources = load(BenchSettings, [*stored["command"], *argv], "bench.py")
+        names = [part.strip() for part in settings.compare.split(";") if part.strip()]
+        if settings.what != "training" or names != list(stored["rows"]):
+            raise ConfigError(f"--against={settings.against} compares "
+                              f"{'; '.join(stored['rows'])}; leave --compare and --what out",
+                              "compare", "what")
+    if settings.what == "optimizers":
+        report = bench_optimizers(settings)
+        print(table(report))
+    else:
+        report = bench_training(settings, sources)
+        given = [*stored["command"], *argv] if stored else argv
+        report["command"] = [a for a in given if not a.startswith(
+            ("--json=", "--against=", "--tolerance="))]
+        print(training_table(report))
+    if settings.json:
+        Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(settings.json).write_text(json.dumps(report, indent=1) + "\n")
+    if stored and not print_growth(stored, report, settings.tolerance):
+        raise SystemExit(1)
 
 
 def bench_training(settings: BenchSettings, sources: dict[str, str]) -> dict:

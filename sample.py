@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from model import GPT
 from nanosophia.checkpoint import MANIFEST, CheckpointError
-from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
-from nanosophia.distributed import DeviceError, start_ranks
-from nanosophia.tokenizer import EOT, TextStream, TokenizerError, get_tokenizer
+from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.distributed import start_ranks
+from nanosophia.tokenizer import EOT, TextStream, get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, run_weights
 
 
@@ -52,17 +52,11 @@ class SampleSettings(Settings):
     seed: int = knob(1337, "seed of the sampling", low=0, high=2**63 - 1)
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, _ = load(SampleSettings, argv, "sample.py [--key=value]")
-        sample(settings)
-    except (ConfigError, CheckpointError, TokenizerError, DeviceError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader, such as head, has had enough
-        sys.stderr.close()
+    settings, _ = load(SampleSettings, argv, "sample.py [--key=value]")
+    sample(settings)
 
 
 def sample(settings: SampleSettings) -> None:

@@ -10,7 +10,6 @@ with the losses that an uninterrupted run would have had.
 
 import json
 import math
-import os
 import platform
 import signal
 import sys
@@ -32,9 +31,11 @@ from nanosophia import dry_run
 from nanosophia.checkpoint import Checkpoint, CheckpointError, RunLock, Saver
 from nanosophia.configurator import (
     ConfigError,
+    Stopped,
+    UserError,
     as_dict,
     changed,
-    exit_with,
+    command,
     load,
     with_sources,
 )
@@ -50,7 +51,6 @@ from nanosophia.dataloader import (
     open_dataset,
 )
 from nanosophia.distributed import (
-    DeviceError,
     Ranks,
     StopSignals,
     gradient_sync,
@@ -93,17 +93,10 @@ LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation
               "dry_run_mfu"}
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; the message names the step."""
 
-
-class Stopped(Exception):
-    """A signal ended training after a save."""
-
-    def __init__(self, number: int, done: int, out_dir: str):
-        self.number = number
-        super().__init__(f"stopped by {signal.Signals(number).name} after {done} steps, saved in "
-                         f"{out_dir}; the same command with --init_from=auto goes on from there")
+    exit_code = 1
 
 
 @dataclass
@@ -188,39 +181,18 @@ class Run:
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
 
+@command(cleanup=stop_ranks)
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        config, sources = load(Config, argv, "train.py [config/FILE.py] [--key=value]")
-        config = with_own_defaults(config, sources)
-        if config.eval_only and "init_from" not in sources:
-            config = changed(config, init_from="resume")
-        if config.dry_run:
-            _check(config, sources, found=None)
-            print(dry_run.report(config))
-        else:
-            train(config, sources)
-    except (ConfigError, DataError, DeviceError, CheckpointError, TokenizerError) as error:
-        exit_with(_on_this_rank(error))
-    except TrainingError as error:
-        print(f"error: {_on_this_rank(error)}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(stopped, file=sys.stderr, flush=True)
-        raise SystemExit(128 + stopped.number) from None
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
-            raise
-        print("error: out of memory; lower batch_size or the model's size", file=sys.stderr,
-              flush=True)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; continue from the newest checkpoint with --init_from=resume",
-              file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
-    finally:
-        stop_ranks()
+    config, sources = load(Config, argv, "train.py [config/FILE.py] [--key=value]")
+    config = with_own_defaults(config, sources)
+    if config.eval_only and "init_from" not in sources:
+        config = changed(config, init_from="resume")
+    if config.dry_run:
+        _check(config, sources, found=None)
+        print(dry_run.report(config))
+    else:
+        train(config, sources)
 
 
 def train(config: Config, sources: dict[str, str] | None = None) -> None:
@@ -484,7 +456,10 @@ def _loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step:
                     _save(run, data, saver, done, record.get("val/loss"))
             if stop and not last:
                 saver.settle()
-                raise Stopped(stop, done, config.out_dir)
+                raise Stopped(
+                    f"stopped by {signal.Signals(stop).name} after {done} steps, saved in "
+                    f"{config.out_dir}; the same command with --init_from=auto resumes"
+                    if run.ranks.is_main else "", stop)
         saver.settle()
 
 
@@ -747,11 +722,6 @@ def _farewell(run: Run, data: Dataset, out_dir: Path) -> None:
           f"  python sample.py --out_dir={out_dir}\n"
           f"  python -m experiments.plot --runs={out_dir}\n"
           "  python train.py --help", flush=True)
-
-
-def _on_this_rank(error: Exception) -> str:
-    rank = os.environ.get("RANK", "0")
-    return str(error) if rank == "0" else f"rank {rank}: {error}"
 
 
 if __name__ == "__main__":

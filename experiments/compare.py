@@ -25,7 +25,7 @@ from typing import Literal
 
 from experiments.plot import COLOURS, pyplot
 from experiments.runs import Cell, RunSettings, by_name, mean, scaled
-from nanosophia.configurator import ConfigError, exit_with, knob, load
+from nanosophia.configurator import ConfigError, command, knob, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,22 +247,18 @@ def draw(found: dict, file: Path) -> None:
     plt.close(figure)
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, _ = load(CompareSettings, argv, "python -m experiments.compare --baseline=CONFIG "
-                                                  "--candidate=CONFIG [--key=value]")
-        pyplot()  # better missed now than after the runs
-        found = carry_out_all(settings)
-        text, out = markdown(settings, found), Path(settings.out_dir)
-        (out / "comparison.md").write_text(text)
-        (out / "comparison.json").write_text(json.dumps(rows(found), indent=1) + "\n")
-        draw(found, out / "comparison.svg")
-        print(text)
-    except (ConfigError, RuntimeError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings, _ = load(CompareSettings, argv, "python -m experiments.compare --baseline=CONFIG "
+                                              "--candidate=CONFIG [--key=value]")
+    pyplot()  # better missed now than after the runs
+    found = carry_out_all(settings)
+    text, out = markdown(settings, found), Path(settings.out_dir)
+    (out / "comparison.md").write_text(text)
+    (out / "comparison.json").write_text(json.dumps(rows(found), indent=1) + "\n")
+    draw(found, out / "comparison.svg")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 from experiments.gamma import climb
 from experiments.plot import COLOURS, STYLES, pyplot
 from experiments.runs import Cell, Result, RunSettings, by_name, scaled
-from nanosophia.configurator import ConfigError, exit_with, knob, load
+from nanosophia.configurator import command, knob, load
 
 # What the small preset lays over a config of the paper. Its steps are 240 times smaller in tokens,
 # so gamma is larger; its rates are those that suited AdamW there, in the paper's proportions.
@@ -262,16 +262,12 @@ def write(settings: FigureSettings, found: Found) -> str:
     return text
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, _ = load(FigureSettings, argv, "python -m experiments.figures --figure=7a")
-        pyplot()  # better missed now than after the runs
-        print(write(settings, FIGURES[settings.figure](settings)))
-    except (ConfigError, RuntimeError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings, _ = load(FigureSettings, argv, "python -m experiments.figures --figure=7a")
+    pyplot()  # better missed now than after the runs
+    print(write(settings, FIGURES[settings.figure](settings)))
 
 
 if __name__ == "__main__":

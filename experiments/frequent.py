@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
-from nanosophia.dataloader import DataError, open_dataset
+from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.dataloader import open_dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,36 +30,34 @@ class FrequentSettings(Settings):
                            low=0)
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, _ = load(FrequentSettings, argv, "python -m experiments.frequent [--key=value]")
-        data = open_dataset(settings.dataset, 1)
-        if settings.vocab_size > data.vocab_size:
-            raise ConfigError(f"vocab_size = {settings.vocab_size} is more than the "
-                              f"{data.vocab_size} classes of {data.folder}", "vocab_size")
-        counts = np.bincount(data.train, minlength=data.vocab_size)
-        new_id = np.full(data.vocab_size, settings.vocab_size - 1, dtype=np.uint16)
-        kept = np.argsort(-counts, kind="stable")[:settings.vocab_size - 1]
-        new_id[kept] = np.arange(len(kept))
-        out_dir = Path(settings.out_dir)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        splits = {}
-        train, val = data.train, data.val
-        if settings.val_tokens:
-            train, val = np.split(train, [-settings.val_tokens])
-        for split, tokens in (("train", train), ("val", val)):
-            ids = new_id[tokens]
-            ids.tofile(out_dir / f"{split}.bin")
-            splits[split] = dict(tokens=len(ids), sha256=hashlib.sha256(ids).hexdigest())
-        (out_dir / "meta.json").write_text(json.dumps(dict(
-            source=f"{data.folder}, the {len(kept)} most frequent tokens", dtype="uint16",
-            tokenizer=f"{data.tokenizer} by frequency", vocab_size=settings.vocab_size,
-            splits=splits), indent=1) + "\n")
-        share = counts[kept].sum() / counts.sum()
-        print(f"{out_dir}: {settings.vocab_size} classes, {share:.1%} of the training tokens kept")
-    except (ConfigError, DataError) as error:
-        exit_with(error)
+    settings, _ = load(FrequentSettings, argv, "python -m experiments.frequent [--key=value]")
+    data = open_dataset(settings.dataset, 1)
+    if settings.vocab_size > data.vocab_size:
+        raise ConfigError(f"vocab_size = {settings.vocab_size} is more than the "
+                          f"{data.vocab_size} classes of {data.folder}", "vocab_size")
+    counts = np.bincount(data.train, minlength=data.vocab_size)
+    new_id = np.full(data.vocab_size, settings.vocab_size - 1, dtype=np.uint16)
+    kept = np.argsort(-counts, kind="stable")[:settings.vocab_size - 1]
+    new_id[kept] = np.arange(len(kept))
+    out_dir = Path(settings.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    train, val = data.train, data.val
+    if settings.val_tokens:
+        train, val = np.split(train, [-settings.val_tokens])
+    for split, tokens in (("train", train), ("val", val)):
+        ids = new_id[tokens]
+        ids.tofile(out_dir / f"{split}.bin")
+        splits[split] = dict(tokens=len(ids), sha256=hashlib.sha256(ids).hexdigest())
+    (out_dir / "meta.json").write_text(json.dumps(dict(
+        source=f"{data.folder}, the {len(kept)} most frequent tokens", dtype="uint16",
+        tokenizer=f"{data.tokenizer} by frequency", vocab_size=settings.vocab_size,
+        splits=splits), indent=1) + "\n")
+    share = counts[kept].sum() / counts.sum()
+    print(f"{out_dir}: {settings.vocab_size} classes, {share:.1%} of the training tokens kept")
 
 
 if __name__ == "__main__":

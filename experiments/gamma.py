@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 
 from experiments.compare import flags
 from experiments.runs import Cell, Result, RunSettings, mean, scaled
-from nanosophia.configurator import ConfigError, exit_with, knob, load
+from nanosophia.configurator import ConfigError, command, knob, load
 from nanosophia.optimizers import OPTIMIZERS
 
 RANGE = (0.1, 0.5)  # of unclipped coordinates, the paper's section 3.1
@@ -197,16 +197,12 @@ def search(settings: GammaSettings) -> dict[str, float]:
     return found
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, _ = load(GammaSettings, argv, "python -m experiments.gamma --config=CONFIG")
-        for key, value in search(settings).items():
-            print(f"{key} = {value:g}")
-    except (ConfigError, RuntimeError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings, _ = load(GammaSettings, argv, "python -m experiments.gamma --config=CONFIG")
+    for key, value in search(settings).items():
+        print(f"{key} = {value:g}")
 
 
 if __name__ == "__main__":

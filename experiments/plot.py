@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.configurator import ConfigError, Settings, command, knob, load
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -224,17 +224,15 @@ def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
     return environment, [tokenizer.decode(row) for row in found[:, 1:].tolist()]
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, _ = load(PlotSettings, argv, "python -m experiments.plot --runs=FOLDERS")
-        if settings.report:
-            write_report(settings)
-        else:
-            draw(settings)
-        print(f"wrote {settings.report or settings.file}")
-    except (ConfigError, OSError) as error:
-        exit_with(error)
+    settings, _ = load(PlotSettings, argv, "python -m experiments.plot --runs=FOLDERS")
+    if settings.report:
+        write_report(settings)
+    else:
+        draw(settings)
+    print(f"wrote {settings.report or settings.file}")
 
 
 if __name__ == "__main__":

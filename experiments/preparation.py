@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosophia.configurator import Settings, knob, load_or_exit
+from nanosophia.configurator import Settings, command, knob, load
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,10 +99,10 @@ def _disk(folder: Path) -> int:
     return total
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command: prints a Markdown table and JSON."""
-    settings = load_or_exit(PreparationSettings, argv,
-                            "python -m experiments.preparation --input=FILE")
+    settings, _ = load(PreparationSettings, argv, "python -m experiments.preparation --input=FILE")
     if settings.way:
         nanogpt_way(settings.input, Path(settings.way), settings.num_proc)
         return

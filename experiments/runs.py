@@ -23,8 +23,13 @@ from pathlib import Path
 
 from experiments.plot import read_config, read_metrics
 from nanosophia import dry_run, optimizers
-from nanosophia.configurator import ConfigError, Settings, as_dict, knob, load
+from nanosophia.configurator import ConfigError, Settings, UserError, as_dict, knob, load
 from nanosophia.options import Config
+
+
+class RunError(UserError):
+    """A run ended without a result; the message names its folder and the reason."""
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -164,7 +169,7 @@ def carry_out(cells: Sequence[Cell], out_dir: Path, *, jobs: int = 1, ranks: int
               say: Callable[[str], object] = print) -> list[Result]:
     """Results of the cells in their order; runs those that have none yet.
 
-    Raises ConfigError before the first run as `check_cells` does; RuntimeError where a run ended
+    Raises ConfigError before the first run as `check_cells` does; RunError where a run ended
     otherwise than by finishing or diverging. Runs that are going on then, or when this process is
     asked to stop, are asked to save and stop.
     """
@@ -183,7 +188,7 @@ def carry_out(cells: Sequence[Cell], out_dir: Path, *, jobs: int = 1, ranks: int
             log = _run(cell, folder, ranks, threads, going)
             found = _finished(cell, folder)
             if found is None:
-                raise RuntimeError(f"{folder} did not finish: {_reason(log)}")
+                raise RunError(f"{folder} did not finish: {_reason(log)}")
             say(f"{cell.name}: loss {found.loss:.4f} after {found.config.max_iters:,} steps")
         return found
 

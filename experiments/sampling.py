@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 from model import GPT, GPTConfig, draw_token
-from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.configurator import Settings, command, knob, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,10 @@ def recompute(model: GPT, idx: torch.Tensor, tokens: int, top_k: int) -> torch.T
     return idx
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command."""
-    try:
-        settings, _ = load(SamplingSettings, argv, "python -m experiments.sampling [--key=value]")
-    except ConfigError as error:
-        exit_with(error)
+    settings, _ = load(SamplingSettings, argv, "python -m experiments.sampling [--key=value]")
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384)).eval()
     n, k = settings.max_new_tokens, settings.top_k
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.plot import COLOURS, STYLES, pyplot
 from experiments.runs import Cell, Result, RunSettings
-from nanosophia.configurator import ConfigError, exit_with, knob, load
+from nanosophia.configurator import ConfigError, command, knob, load
 
 MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=96", "--block_size=128",
          "--eval_interval=100", "--eval_windows=1000", "--checkpoint_interval=1000",
@@ -224,24 +224,20 @@ PLOTTED = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "Sophia-
            "sophiah": "Sophia-H, fixed gamma", "ours": "Sophia-G, controlled gamma"}
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command."""
-    try:
-        settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
-        pyplot()  # better missed now than after the runs
-        folders = {c: getattr(settings, c) for c in CORPORA if getattr(settings, c) != "-"}
-        lists = [cells(corpus, folder, settings.extra) for corpus, folder in folders.items()]
-        results = settings.carry_out(list(filter(None, chain.from_iterable(zip_longest(*lists)))))
-        corpora = {corpus: [r for r in results if r.name.startswith(f"{corpus}_")]
-                   for corpus in folders}
-        text = "\n\n".join(f"{corpus}\n\n{table(found)}" for corpus, found in corpora.items())
-        (Path(settings.out_dir) / "study.md").write_text(text + "\n")
-        draw(corpora, Path(settings.out_dir) / "study.svg")
-        print(text)
-    except (ConfigError, RuntimeError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
+    pyplot()  # better missed now than after the runs
+    folders = {c: getattr(settings, c) for c in CORPORA if getattr(settings, c) != "-"}
+    lists = [cells(corpus, folder, settings.extra) for corpus, folder in folders.items()]
+    results = settings.carry_out(list(filter(None, chain.from_iterable(zip_longest(*lists)))))
+    corpora = {corpus: [r for r in results if r.name.startswith(f"{corpus}_")]
+               for corpus in folders}
+    text = "\n\n".join(f"{corpus}\n\n{table(found)}" for corpus, found in corpora.items())
+    (Path(settings.out_dir) / "study.md").write_text(text + "\n")
+    draw(corpora, Path(settings.out_dir) / "study.svg")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from experiments.plot import COLOURS, pyplot
-from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.configurator import Settings, command, knob, load
 from nanosophia.optimizers import Lion
 from sophia import Sophia
 
@@ -153,21 +153,17 @@ def draw(rows: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command."""
-    try:
-        settings, _ = load(TheorySettings, argv, "python -m experiments.theory [--key=value]")
-        out = Path(settings.out_dir)
-        out.mkdir(parents=True, exist_ok=True)
-        rows = measure(settings)
-        text = table(rows, settings.limit)
-        (out / "theory.md").write_text(text + "\n")
-        draw(rows, out / "theory.svg")
-        print(text)
-    except (ConfigError, OSError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings, _ = load(TheorySettings, argv, "python -m experiments.theory [--key=value]")
+    out = Path(settings.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = measure(settings)
+    text = table(rows, settings.limit)
+    (out / "theory.md").write_text(text + "\n")
+    draw(rows, out / "theory.svg")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments.plot import COLOURS, STYLES, pyplot
-from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
+from nanosophia.configurator import Settings, command, knob, load
 from nanosophia.optimizers import Lion
 from sophia import Sophia
 
@@ -139,20 +139,16 @@ def draw(found: dict[str, Tensor], file: Path) -> None:
     plt.close(figure)
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command."""
-    try:
-        settings, _ = load(ToySettings, argv, "python -m experiments.toy [--key=value]")
-        out = Path(settings.out_dir)
-        out.mkdir(parents=True, exist_ok=True)
-        found = methods(settings.steps)
-        (out / "toy.md").write_text(table(found) + "\n")
-        draw(found, out / "toy.svg")
-        print(table(found))
-    except (ConfigError, OSError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings, _ = load(ToySettings, argv, "python -m experiments.toy [--key=value]")
+    out = Path(settings.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    found = methods(settings.steps)
+    (out / "toy.md").write_text(table(found) + "\n")
+    draw(found, out / "toy.svg")
+    print(table(found))
 
 
 if __name__ == "__main__":

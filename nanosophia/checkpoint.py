@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanosophia.configurator import UserError
 from nanosophia.distributed import (
     Ranks,
     host_copy,
@@ -46,7 +47,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".partial"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message says which and what to do."""
 
 

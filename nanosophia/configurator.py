@@ -8,15 +8,39 @@ it says what, which value, where it came from, and what to do. Knows nothing of 
 
 import ast
 import difflib
+import functools
 import math
 import operator
+import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """What a user can mend: the message says what, which value, where, and what to do.
+
+    A command prints it as one line and ends with `exit_code`.
+    """
+
+    exit_code = 2
+    prefix = "error: "
+
+
+class Stopped(UserError):
+    """A signal ended the command after its work was saved; without a message nothing is printed."""
+
+    prefix = ""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class ConfigError(UserError):
     """A mistake in the settings; `keys` names the knobs concerned."""
 
     def __init__(self, message: str, *keys: str):
@@ -93,14 +117,6 @@ def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
         return cls(**values), sources
     except ConfigError as error:
         raise with_sources(error, sources) from None
-
-
-def load_or_exit(cls: type, argv: list[str], usage: str) -> Any:
-    """Settings as `load` gives them; ends the command with 2 and one line after a mistake."""
-    try:
-        return load(cls, argv, usage)[0]
-    except ConfigError as error:
-        exit_with(error)
 
 
 def with_sources(error: ConfigError, sources: dict[str, str]) -> ConfigError:
@@ -269,7 +285,45 @@ def changed(config: Any, **values: Any) -> Any:
     return replace(config, **values)
 
 
-def exit_with(error: Exception) -> NoReturn:
-    """A command's end after a user's mistake: one line on stderr, exit code 2."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+def command(*, cleanup: Callable[[], None] | None = None) -> Callable:
+    """Decorates a command's main(argv), so that all commands end alike; always calls `cleanup`.
+
+    A UserError is printed as one line, with the rank where there are several; Ctrl-C exits with
+    130, a lack of memory with 1, a file that cannot be read or written with 2.
+    """
+    def decorate(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+        @functools.wraps(main)
+        def run(argv: list[str]) -> None:
+            try:
+                main(argv)
+            except UserError as error:
+                _exit(error.exit_code, error.prefix, str(error))
+            except KeyboardInterrupt:
+                _exit(130, "", "interrupted")
+            except BrokenPipeError:  # the reader, such as head, has gone
+                sys.stderr.close()  # else Python reports the pipe once more at its exit
+                raise SystemExit(128 + signal.SIGPIPE) from None
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                _exit(2, "error: ", f"{error.filename}: {error.strerror}")
+            except RuntimeError as error:
+                if not (type(error).__name__ == "OutOfMemoryError"
+                        or "can't allocate memory" in str(error)):
+                    raise
+                _exit(1, "error: ", "out of memory; lower batch_size or the model's size")
+            finally:
+                if cleanup is not None:
+                    cleanup()
+
+        return run
+
+    return decorate
+
+
+def _exit(code: int, prefix: str, message: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    if message:
+        print(prefix + (f"rank {rank}: " if rank != "0" else "") + message, file=sys.stderr,
+              flush=True)
+    raise SystemExit(code) from None

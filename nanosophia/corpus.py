@@ -27,12 +27,11 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from nanosophia.configurator import ConfigError, Settings, exit_with, knob
+from nanosophia.configurator import Settings, UserError, knob
 from nanosophia.tokenizer import (
     EOT,
     FILE_NAME,
     FileEncoding,
-    TokenizerError,
     beside,
     fingerprint,
     get_tokenizer,
@@ -45,7 +44,7 @@ SAVE_TOKENS = 1 << 22  # between two savings of the progress
 PROGRESS = "progress.json"
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError):
     """A corpus cannot be read or written; the message says which file and what to do."""
 
 
@@ -73,16 +72,14 @@ def prepare(settings: PrepareSettings, here: Path, documents: Callable[[], Docum
             tokenizer: str) -> dict | None:
     """A prepare script's main: verifies, or writes the corpus and reports. None after verifying."""
     out_dir = Path(settings.out_dir) if settings.out_dir else here
+    if settings.verify:
+        print(verify(out_dir))
+        return None
+    get_tokenizer(tokenizer)  # before a long download
     try:
-        if settings.verify:
-            print(verify(out_dir))
-            return None
-        get_tokenizer(tokenizer)  # before a long download
         meta = write_corpus(documents(), out_dir, tokenizer, num_proc=settings.num_proc)
-    except (ConfigError, CorpusError, TokenizerError) as error:
-        exit_with(error)
     except KeyboardInterrupt:
-        exit_with(CorpusError("interrupted; the same command continues where it stopped"))
+        raise CorpusError("interrupted; the same command continues where it stopped") from None
     for split in meta["splits"].values():
         print(f"{out_dir / split['file']}: {split['documents']:,} documents, "
               f"{split['tokens']:,} tokens ({meta['tokenizer']})")

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanosophia.configurator import UserError
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Streams of random numbers that must not meet; part of the key of every generator.
 PURPOSES = ("epoch", "hessian", "dropout", "hessian_dropout", "random")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The prepared data cannot be used; the message says which file and what to do."""
 
 

@@ -25,8 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import zeros as sharded_zeros
 from torch.nn.parallel import DistributedDataParallel
 
+from nanosophia.configurator import UserError
 
-class DeviceError(ValueError):
+
+class DeviceError(UserError):
     """The device asked for is not there."""
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from model import GPT
-from nanosophia.configurator import ConfigError, changed, exit_with, load
+from nanosophia.configurator import ConfigError, changed, command, load
 from nanosophia.dataloader import DataError, open_dataset
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import build, with_own_defaults
@@ -179,16 +179,14 @@ def table(configs: dict[str, Config]) -> str:
 USAGE = "python -m nanosophia.dry_run config/FILE.py... [--key=value]"
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command: config files, and flags for all of them."""
     files, flags = ([a for a in argv if a.startswith("-") == dash] for dash in (False, True))
-    try:
-        if not files:
-            raise ConfigError("give config files: python -m nanosophia.dry_run config/*.py")
-        print(table({Path(f).stem: with_own_defaults(*load(Config, [f, *flags], USAGE))
-                     for f in files}))
-    except ConfigError as error:
-        exit_with(error)
+    if not files:
+        raise ConfigError("give config files: python -m nanosophia.dry_run config/*.py")
+    print(table({Path(f).stem: with_own_defaults(*load(Config, [f, *flags], USAGE))
+                 for f in files}))
 
 
 if __name__ == "__main__":

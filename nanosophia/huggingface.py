@@ -23,9 +23,9 @@ from torch import Tensor
 
 from model import GPTConfig
 from nanosophia.checkpoint import CheckpointError, checkpoints, save
-from nanosophia.configurator import ConfigError, Settings, as_dict, exit_with, knob, load
+from nanosophia.configurator import ConfigError, Settings, as_dict, command, knob, load
 from nanosophia.options import Config
-from nanosophia.tokenizer import EOT, TokenizerError, byte_letters, get_tokenizer
+from nanosophia.tokenizer import EOT, byte_letters, get_tokenizer
 from nanosophia.weights import ACTIVATIONS, TRANSPOSED, Weights, foreign_weights, run_weights
 
 
@@ -46,23 +46,17 @@ class HuggingFaceSettings(Settings):
                               "export", "import_from")
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, _ = load(HuggingFaceSettings, argv,
-                           "python -m nanosophia.huggingface --key=value")
-        if settings.export:
-            folder = export(settings)
-            print(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({folder!s})")
-        else:
-            import_weights(settings)
-            print(f"wrote {settings.out_dir}; next:\n  python sample.py --out_dir="
-                  f"{settings.out_dir}\n  python train.py --init_from={settings.import_from}  "
-                  "(to train on from it)")
-    except (ConfigError, CheckpointError, TokenizerError) as error:
-        exit_with(error)
-    except (OSError, SafetensorError) as error:
-        exit_with(ConfigError(f"{settings.export or settings.out_dir} cannot be written: {error}"))
+    settings, _ = load(HuggingFaceSettings, argv, "python -m nanosophia.huggingface --key=value")
+    if settings.export:
+        folder = export(settings)
+        print(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({folder!s})")
+    else:
+        import_weights(settings)
+        print(f"wrote {settings.out_dir}; next:\n  python sample.py --out_dir={settings.out_dir}\n"
+              f"  python train.py --init_from={settings.import_from}  (to train on from it)")
 
 
 def export(settings: HuggingFaceSettings) -> Path:
@@ -73,7 +67,11 @@ def export(settings: HuggingFaceSettings) -> Path:
     check_exportable(weights.config, settings.out_dir)
     folder = Path(settings.export)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(to_transformers(weights), folder / "model.safetensors", metadata=dict(format="pt"))
+    try:
+        save_file(to_transformers(weights), folder / "model.safetensors",
+                  metadata=dict(format="pt"))
+    except SafetensorError as error:  # of the disk, say
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
     tokenizer = get_tokenizer(weights.tokenizer)
     (folder / "config.json").write_text(json.dumps(
         transformers_config(weights, tokenizer.eot_token), indent=1) + "\n")

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from model import GPT
 from nanosophia.checkpoint import CheckpointError
-from nanosophia.configurator import ConfigError, Settings, exit_with, knob, load
-from nanosophia.distributed import DeviceError, start_ranks
-from nanosophia.tokenizer import TokenizerError, get_tokenizer
+from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.distributed import start_ranks
+from nanosophia.tokenizer import get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, run_weights
 
 
@@ -88,24 +88,16 @@ class SuperGlueSettings(Settings):
                               f"of {', '.join(TASKS)}", "tasks")
 
 
+@command()
 def main(argv: list[str]) -> None:
     """The command; exits with 2 and one line after a user's mistake."""
-    try:
-        settings, _ = load(SuperGlueSettings, argv, "python -m nanosophia.superglue [--key=value]")
-        results = run(settings)
-        print(table(results))
-        if settings.init_from == "resume":
-            path = Path(settings.out_dir) / "superglue.json"
-            try:
-                path.write_text(json.dumps(results, indent=1) + "\n")
-                print(f"\nwrote {path}")
-            except OSError as error:
-                print(f"\nwarning: {path} could not be written: {error.strerror}",
-                      file=sys.stderr)
-    except (ConfigError, CheckpointError, TokenizerError, DeviceError) as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    settings, _ = load(SuperGlueSettings, argv, "python -m nanosophia.superglue [--key=value]")
+    results = run(settings)
+    print(table(results))
+    if settings.init_from == "resume":
+        path = Path(settings.out_dir) / "superglue.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwrote {path}")
 
 
 def run(settings: SuperGlueSettings) -> dict[str, dict]:

@@ -13,6 +13,8 @@ import socket
 import tempfile
 from pathlib import Path
 
+from nanosophia.configurator import UserError
+
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "bytes")
 
@@ -26,7 +28,7 @@ _GPT2_FILES = {
 }
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """The tokenizer cannot be had; the message says how to supply it."""
 
 

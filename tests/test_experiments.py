@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from experiments import compare, figures, gamma, runs, study, theory, toy
-from experiments.runs import Cell, Result
+from experiments.runs import Cell, Result, RunError
 from nanosophia.configurator import load
 
 # A run of a second on the tests' own data.
@@ -131,7 +131,7 @@ def test_what_train_would_refuse_is_refused_before_the_first_run(quick, tmp_path
 
 
 def test_a_refused_run_leaves_its_folder_to_the_corrected_one(quick, tmp_path):
-    with pytest.raises(RuntimeError, match="error: nowhere"):
+    with pytest.raises(RunError, match="error: nowhere"):
         runs.carry_out([Cell(n, (*quick, "--dataset=nowhere", f"--seed={i}"))
                         for i, n in enumerate("abcd")], tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["a"]  # the others did not begin
@@ -171,7 +171,7 @@ def test_two_ranks_carry_out_a_run(data_dir, tmp_path):
     cell = Cell("a", (*QUICK, f"--dataset={data_dir}", "--batch_size=2"))
     result, = runs.carry_out([cell], tmp_path, ranks=2)
     assert result.steps == 6 and result.records[-1]["val/loss"] == result.loss
-    with pytest.raises(RuntimeError, match="error: .*nowhere"):
+    with pytest.raises(RunError, match="error: .*nowhere"):
         runs.carry_out([Cell("b", (*cell.flags, "--dataset=nowhere"))], tmp_path, ranks=2)
 
 
@@ -216,7 +216,7 @@ def test_no_verdict_is_given_where_a_run_diverged(quick, tmp_path, capsys):
 
 
 def test_a_run_that_breaks_otherwise_is_an_error_with_its_last_line(quick, tmp_path):
-    with pytest.raises(RuntimeError, match="did not finish"):
+    with pytest.raises(RunError, match="did not finish"):
         runs.carry_out([Cell("a", (*quick, "--dataset=nowhere"))], tmp_path)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nanosophia.configurator import exit_with, knob, load_or_exit  # noqa: E402
+from nanosophia.configurator import command, knob, load  # noqa: E402
 from nanosophia.corpus import (  # noqa: E402
     CorpusError,
     Documents,
@@ -65,9 +65,10 @@ def check_published(meta: dict) -> None:
                               "compare")
 
 
+@command()
 def main(argv: list[str]) -> None:
     """Prepares the corpus; exits with 2 and one line when it cannot."""
-    settings = load_or_exit(OpenWebTextSettings, argv,
+    settings, _ = load(OpenWebTextSettings, argv,
                             "python data/openwebtext/prepare.py [--key=value]")
 
     def documents() -> Documents:
@@ -77,10 +78,7 @@ def main(argv: list[str]) -> None:
 
     meta = prepare(settings, HERE, documents, "gpt2")
     if meta:
-        try:
-            check_published(meta)
-        except CorpusError as error:
-            exit_with(error)
+        check_published(meta)
         dataset = f" --dataset={settings.out_dir}" if settings.out_dir else ""
         print(f"next: python train.py config/train_gpt2_30m_sophiag.py{dataset}")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nanosophia.configurator import knob, load_or_exit  # noqa: E402
+from nanosophia.configurator import command, knob, load  # noqa: E402
 from nanosophia.corpus import (  # noqa: E402
     CorpusError,
     Documents,
@@ -63,9 +63,10 @@ def _all(split: str):
     return lambda count: lambda row: split
 
 
+@command()
 def main(argv: list[str]) -> None:
     """Prepares the corpus; exits with 2 and one line when it cannot."""
-    settings = load_or_exit(PileSettings, argv, "python data/pile/prepare.py [--key=value]")
+    settings, _ = load(PileSettings, argv, "python data/pile/prepare.py [--key=value]")
     if prepare(settings, HERE, lambda: pile_documents(settings), settings.tokenizer):
         dataset = settings.out_dir or "pile"
         print(f"next: python train.py CONFIG --dataset={dataset}")

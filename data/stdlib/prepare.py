@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nanosophia.configurator import load_or_exit  # noqa: E402
+from nanosophia.configurator import command, load  # noqa: E402
 from nanosophia.corpus import CorpusError, Documents, PrepareSettings, prepare  # noqa: E402
 
 VAL_PER_MILLE = 50
@@ -54,9 +54,10 @@ def _read(path: Path) -> str | None:
         return None
 
 
+@command()
 def main(argv: list[str]) -> None:
     """Prepares the corpus; exits with 2 and one line when it cannot."""
-    settings = load_or_exit(PrepareSettings, argv, "python data/stdlib/prepare.py [--key=value]")
+    settings, _ = load(PrepareSettings, argv, "python data/stdlib/prepare.py [--key=value]")
     if prepare(settings, HERE, stdlib_documents, "bytes"):
         print("next: python train.py config/quickstart.py")
 

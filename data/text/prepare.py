@@ -16,7 +16,7 @@ from typing import Literal
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nanosophia.configurator import knob, load_or_exit  # noqa: E402
+from nanosophia.configurator import command, knob, load  # noqa: E402
 from nanosophia.corpus import CorpusError, Documents, PrepareSettings, local_documents, prepare  # noqa: E402
 
 
@@ -67,9 +67,10 @@ def _cut(text: str, val_fraction: float) -> int:
     return exact
 
 
+@command()
 def main(argv: list[str]) -> None:
     """Prepares the corpus; exits with 2 and one line when it cannot."""
-    settings = load_or_exit(TextSettings, argv,
+    settings, _ = load(TextSettings, argv,
                             "python data/text/prepare.py --input=FILES [--key=value]")
     meta = prepare(settings, HERE, lambda: text_documents(settings.input, settings.val_fraction),
                    settings.tokenizer)

@@ -35,6 +35,7 @@ from model import GPT
 from nanosophia.configurator import ConfigError, command, knob, load
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import start_ranks, world_size
+from nanosophia.files import write_text
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import (
     OPTIMIZERS,
@@ -44,7 +45,8 @@ from nanosophia.optimizers import (
     parameter_groups,
     with_own_defaults,
 )
-from nanosophia.options import Config
+from nanosophia.options import Config, padded_vocab_size
+from nanosophia.tokenizer import GPT2_CLASSES
 from sophia import Sophia
 
 BASELINE = "AdamW, torch fused"
@@ -91,8 +93,7 @@ def main(argv: list[str]) -> None:
             ("--json=", "--against=", "--tolerance="))]
         print(training_table(report))
     if settings.json:
-        Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(settings.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_text(Path(settings.json), json.dumps(report, indent=1) + "\n")
     if stored and not print_growth(stored, report, settings.tolerance):
         raise SystemExit(1)
 
@@ -248,7 +249,7 @@ def _contender(settings: BenchSettings, sources: dict[str, str], text: str) -> C
 
 def _random_data(config: Config) -> Dataset:
     """Uniform tokens, enough for one batch; the classes are the real ones of the vocabulary."""
-    classes = min(config.vocab_size or 50257, 50257)
+    classes = min(config.vocab_size or GPT2_CLASSES, GPT2_CLASSES)
     size = (config.total_batch_size + 1) * config.block_size + 1
     tokens = np.random.default_rng(0).integers(0, classes, size, dtype=np.uint16)
     return Dataset(Path("random"), tokens, tokens, classes, "gpt2", {}, "")
@@ -349,7 +350,8 @@ def _attention(run: train.Run) -> str:
 def bench_optimizers(settings: BenchSettings) -> dict:
     """Milliseconds and ratios of each contender's step; compile time in seconds; environment."""
     device = start_ranks(settings.device).device
-    model = GPT(replace(settings.model, vocab_size=settings.vocab_size or 50304)).to(device)
+    vocab_size = settings.vocab_size or padded_vocab_size(GPT2_CLASSES)
+    model = GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     contenders = _contenders(settings, model)

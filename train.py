@@ -17,7 +17,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,6 @@ from nanosophia.configurator import (
     ConfigError,
     Stopped,
     UserError,
-    as_dict,
-    changed,
     command,
     load,
     with_sources,
@@ -65,6 +63,7 @@ from nanosophia.distributed import (
     world_size,
     wrap,
 )
+from nanosophia.files import write_text
 from nanosophia.metrics import Health, Recorder, peak_flops
 from nanosophia.optimizers import (
     Estimator,
@@ -75,7 +74,7 @@ from nanosophia.optimizers import (
     unless,
     with_own_defaults,
 )
-from nanosophia.options import Config
+from nanosophia.options import Config, padded_vocab_size
 from nanosophia.tokenizer import TokenizerError, byte_lengths, get_tokenizer
 from nanosophia.weights import foreign_weights, saved_model_config
 
@@ -187,7 +186,7 @@ def main(argv: list[str]) -> None:
     config, sources = load(Config, argv, "train.py [config/FILE.py] [--key=value]")
     config = with_own_defaults(config, sources)
     if config.eval_only and "init_from" not in sources:
-        config = changed(config, init_from="resume")
+        config = replace(config, init_from="resume")
     if config.dry_run:
         _check(config, sources, found=None)
         print(dry_run.report(config))
@@ -227,7 +226,7 @@ def _train_alone(config: Config, sources: dict[str, str], ranks: Ranks, out_dir:
     if config.init_from not in ("scratch", "resume", "auto"):
         found_weights = foreign_weights(config.init_from)
         weights = found_weights.tensors
-        config = _fit_weights(config, sources, as_dict(found_weights.config))
+        config = _fit_weights(config, sources, asdict(found_weights.config))
         _require_tokenizer(found_weights.tokenizer, data, config.init_from)
     config = _fit_vocabulary(config, sources, data)
     run = build_run(config, ranks, data, weights)
@@ -532,7 +531,7 @@ def _check(config: Config, sources: dict[str, str], found: Checkpoint | None) ->
         check(config, world_size())
     except ConfigError as error:
         if found:  # its values are in the config now
-            sources = {key: str(found.folder) for key in as_dict(config)} | sources
+            sources = {key: str(found.folder) for key in asdict(config)} | sources
         raise with_sources(error, sources) from None
 
 
@@ -558,8 +557,8 @@ def _settle(config: Config, sources: dict[str, str], found: Checkpoint | None,
     Raises CheckpointError where a given key contradicts the checkpoint and must not.
     """
     values, notes = {}, []
-    saved = found.state["config"] | as_dict(saved_model_config(found)) if found else {}
-    for key in saved.keys() & as_dict(config).keys() - LOCAL_KEYS:
+    saved = found.state["config"] | asdict(saved_model_config(found)) if found else {}
+    for key in saved.keys() & asdict(config).keys() - LOCAL_KEYS:
         given = getattr(config, key)
         derived = key == "vocab_size" and given == 0
         if key not in sources or derived:
@@ -574,7 +573,7 @@ def _settle(config: Config, sources: dict[str, str], found: Checkpoint | None,
     if config.dtype == "auto":
         values["dtype"] = "bfloat16" if ranks.device.type == "cuda" else "float32"
     try:
-        return changed(config, **values), sorted(notes)
+        return replace(config, **values), sorted(notes)
     except ConfigError as error:
         raise with_sources(error, sources) from None
 
@@ -591,7 +590,7 @@ def _fit_weights(config: Config, sources: dict[str, str], shape: dict) -> Config
             raise with_sources(ConfigError(f"{config.init_from} has {key} = {value}, not {given}; "
                                            "leave it out", key), sources)
     free = (FREE_KEYS | {"block_size"}) & sources.keys()
-    return changed(config, **{k: v for k, v in shape.items() if k not in free})
+    return replace(config, **{k: v for k, v in shape.items() if k not in free})
 
 
 def _load_weights(model: GPT, weights: dict[str, Tensor], config: Config) -> None:
@@ -605,7 +604,7 @@ def _load_weights(model: GPT, weights: dict[str, Tensor], config: Config) -> Non
 
 def _fit_vocabulary(config: Config, sources: dict[str, str], data: Dataset) -> Config:
     if config.vocab_size == 0:
-        return changed(config, vocab_size=-(-data.vocab_size // 64) * 64)
+        return replace(config, vocab_size=padded_vocab_size(data.vocab_size))
     if config.vocab_size < data.vocab_size:
         raise with_sources(ConfigError(
             f"vocab_size = {config.vocab_size} is less than the {data.vocab_size} classes of "
@@ -636,7 +635,7 @@ def _save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | No
         format=1, step=done, val_loss=val_loss,
         tally=dict(steps=run.tally.steps, clipped=run.tally.clipped.item()),
         guard=dict(in_a_row=run.guard.in_a_row.tolist(), refused=int(run.guard.report[0])),
-        config=as_dict(run.config), model=as_dict(run.model.config), data=data.fingerprint,
+        config=asdict(run.config), model=asdict(run.model.config), data=data.fingerprint,
         tokenizer=data.tokenizer, num_classes=data.vocab_size, world_size=run.ranks.world_size,
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       numpy=np.__version__)))
@@ -651,7 +650,7 @@ def _as_begun(config: Config, out_dir: Path, notes: list[str]) -> Config:
     if begun in ("scratch", "resume", "auto"):
         return config
     notes.append(f"{out_dir} has no checkpoint yet; beginning again from {begun}")
-    return changed(config, init_from=begun)
+    return replace(config, init_from=begun)
 
 
 def _require_tokenizer(name: str, data: Dataset, whose: object) -> None:
@@ -672,8 +671,7 @@ PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14159 # 日本語 
 
 def _write_config(config: Config, out_dir: Path) -> None:
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(as_dict(config), indent=1) + "\n")
+        write_text(out_dir / "config.json", json.dumps(asdict(config), indent=1) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write to --out_dir={out_dir}: {error.strerror}; give "
                               "another one") from error
@@ -682,7 +680,7 @@ def _write_config(config: Config, out_dir: Path) -> None:
 def _announce(run: Run, data: Dataset, notes: list[str]) -> None:
     """Prints the resolved settings, what they make, and what the user should know."""
     config, ranks = run.config, run.ranks
-    listed = ", ".join(f"{k}={v}" for k, v in as_dict(config).items())
+    listed = ", ".join(f"{k}={v}" for k, v in asdict(config).items())
     print(textwrap.fill(f"config: {listed}", 100, subsequent_indent="  ", break_long_words=False))
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device
     print(f"model: {run.model.num_params(non_embedding=False):,} parameters, "
@@ -705,7 +703,7 @@ def _health(run: Run) -> Health | None:
 def _wandb_settings(config: Config) -> dict | None:
     if not config.wandb_log:
         return None
-    return dict(project=config.wandb_project, config=as_dict(config),
+    return dict(project=config.wandb_project, config=asdict(config),
                 name=config.wandb_run_name or Path(config.out_dir).name)
 
 

@@ -17,13 +17,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from experiments.plot import read_config, read_metrics
 from nanosophia import dry_run, optimizers
-from nanosophia.configurator import ConfigError, Settings, UserError, as_dict, knob, load
+from nanosophia.configurator import ConfigError, Settings, UserError, knob, load
 from nanosophia.options import Config
 
 
@@ -232,7 +232,7 @@ def check_cells(cells: Sequence[Cell], out_dir: Path, ranks: int = 1) -> None:
         config.check_world(ranks)
         optimizers.check(config, ranks)
         folder = out_dir / cell.name
-        other = _differs(as_dict(config), folder)
+        other = _differs(asdict(config), folder)
         if other is not None:
             key, held, asked = other
             raise ConfigError(f"{folder} holds a run with other settings: {key} = {held!r} there, "

@@ -38,6 +38,7 @@ from nanosophia.distributed import (
     second_group,
     zeros_like_shards,
 )
+from nanosophia.files import fsync, write_text
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -199,7 +200,7 @@ def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], 
                               "checkpoints are intact") from error
     if ranks.is_main:
         try:
-            _replace_text(out_dir / "latest", folder.name + "\n")
+            write_text(out_dir / "latest", folder.name + "\n")
             _purge(out_dir, keep, keep_best)
         except OSError as error:  # the save itself has succeeded
             print(f"warning: {out_dir} could not be tidied after a save: {error}", file=sys.stderr,
@@ -243,11 +244,11 @@ def _publish(partial: Path, folder: Path, state: dict) -> None:
     manifest = {path.name: _describe(path) for path in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*partial.iterdir(), partial):
-        _fsync(path)
+        fsync(path)
     if folder.exists():  # the same step again, after resuming from before it
         _set_aside(folder, ".replaced")
     os.rename(partial, folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
 
 
 def _purge(out_dir: Path, keep: int, keep_best: bool) -> None:
@@ -257,7 +258,7 @@ def _purge(out_dir: Path, keep: int, keep_best: bool) -> None:
         if keep_best else {}
     best = min(losses, key=losses.get, default=None)
     if best:
-        _replace_text(out_dir / "best", best.name + "\n")
+        write_text(out_dir / "best", best.name + "\n")
     for old in (*folders[keep:], *out_dir.glob("step_*.replaced*")):
         if old != best:
             shutil.rmtree(old, ignore_errors=True)
@@ -400,14 +401,6 @@ def _describe(path: Path) -> dict:
     return dict(size=path.stat().st_size, sha256=digest)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _set_aside(folder: Path, suffix: str) -> Path:
     aside, n = folder.with_name(folder.name + suffix), 1
     while aside.exists():
@@ -416,10 +409,3 @@ def _set_aside(folder: Path, suffix: str) -> Path:
         return folder.rename(aside)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be renamed: {error.strerror}") from error
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + _TEMPORARY)
-    partial.write_text(text)
-    _fsync(partial)
-    os.replace(partial, path)

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -273,16 +273,6 @@ def help_text(cls: type, usage: str) -> str:
 def _range_words(meta: dict) -> str:
     words = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
     return " and ".join(f"{words[b]} {meta[b]:g}" for b in words if meta.get(b) is not None)
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """The resolved settings, JSON-ready."""
-    return asdict(config)
-
-
-def changed(config: Any, **values: Any) -> Any:
-    """A copy with some fields replaced and everything checked anew."""
-    return replace(config, **values)
 
 
 def command(*, cleanup: Callable[[], None] | None = None) -> Callable:

@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanosophia.configurator import Settings, UserError, knob
+from nanosophia.files import write_text
 from nanosophia.tokenizer import (
     EOT,
     FILE_NAME,
@@ -118,11 +119,11 @@ def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_pro
                 split.file.close()
         (out_dir / "meta.json").unlink(missing_ok=True)  # it would speak of the old files
         if isinstance(encoding, FileEncoding):
-            _replace_text(out_dir / FILE_NAME, encoding.json)
+            write_text(out_dir / FILE_NAME, encoding.json)
             meta["tokenizer"] = FILE_NAME
         for split in splits.values():
             os.replace(split.partial, split.path)
-        _replace_text(out_dir / "meta.json", json.dumps(meta, indent=1) + "\n")
+        write_text(out_dir / "meta.json", json.dumps(meta, indent=1) + "\n")
         (out_dir / PROGRESS).unlink(missing_ok=True)
     except OSError as error:
         raise CorpusError(f"cannot write to {out_dir}: {error.strerror}; what is done is kept: "
@@ -191,7 +192,7 @@ def _fill(splits: dict[str, _SplitFile], documents: Documents, done: int, task: 
 
     def save() -> None:
         progress = dict(task=task, splits={n: split.progress() for n, split in splits.items()})
-        _replace_text(out_dir / PROGRESS, json.dumps(progress, indent=1) + "\n")
+        write_text(out_dir / PROGRESS, json.dumps(progress, indent=1) + "\n")
 
     if done:
         print(f"continuing after {done:,} documents and {tokens():,} tokens")
@@ -213,12 +214,6 @@ def _fill(splits: dict[str, _SplitFile], documents: Documents, done: int, task: 
         raise
     finally:
         encoded.close()
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 # Tokenising ---------------------------------------------------------------------------------------

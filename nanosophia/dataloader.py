@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanosophia.configurator import UserError
+from nanosophia.tokenizer import GPT2_CLASSES
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Streams of random numbers that must not meet; part of the key of every generator.
@@ -56,9 +57,6 @@ class Dataset:
     note: str  # what the user should know, or ""
 
 
-GPT2_VOCAB = 50257
-
-
 def open_dataset(name: str, block_size: int) -> Dataset:
     """The dataset called `name`: a folder under the project's data/, or a path.
 
@@ -85,7 +83,7 @@ def open_dataset(name: str, block_size: int) -> Dataset:
         meta = _read_meta(meta_path)
         note = ""
     else:
-        meta = dict(vocab_size=GPT2_VOCAB, tokenizer="gpt2", splits={})
+        meta = dict(vocab_size=GPT2_CLASSES, tokenizer="gpt2", splits={})
         note = f"{folder} has no meta.json: taken for GPT-2 tokens"
     for split, tokens in arrays.items():
         said = meta["splits"].get(split, {}).get("tokens", len(tokens))

@@ -9,17 +9,19 @@ are computed; what the allocator, the kernels' workspaces and the process itself
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from model import GPT
-from nanosophia.configurator import ConfigError, changed, command, load
+from nanosophia.configurator import ConfigError, command, load
 from nanosophia.dataloader import DataError, open_dataset
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import build, with_own_defaults
-from nanosophia.options import Config
+from nanosophia.options import Config, padded_vocab_size
+from nanosophia.tokenizer import GPT2_CLASSES
 
 GPUS = (1, 8, 64, 256)
 GIB = 2**30
@@ -53,14 +55,14 @@ class Memory(NamedTuple):
 
 def plan(config: Config) -> Plan:
     """The counts of a config; nothing is allocated and no data is needed."""
-    tokens, vocab_size = PUBLISHED_TOKENS.get(config.dataset), 50257
+    tokens, vocab_size = PUBLISHED_TOKENS.get(config.dataset), GPT2_CLASSES
     try:
         data = open_dataset(config.dataset, config.block_size)
         tokens, vocab_size = len(data.train), data.vocab_size
     except DataError:
         pass
-    config = changed(config, compile_optimizer="off", vocab_size=config.vocab_size or
-                     -(-vocab_size // 64) * 64)
+    config = replace(config, compile_optimizer="off", vocab_size=config.vocab_size or
+                     padded_vocab_size(vocab_size))
     with torch.device("meta"):
         model = GPT(config.model)
     optimizer, estimator = build(config, model, num_classes=vocab_size)

@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from model import GPTConfig
 from nanosophia.checkpoint import CheckpointError, checkpoints, save
-from nanosophia.configurator import ConfigError, Settings, as_dict, command, knob, load
+from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.files import write_text
 from nanosophia.options import Config
 from nanosophia.tokenizer import EOT, byte_letters, get_tokenizer
 from nanosophia.weights import ACTIVATIONS, TRANSPOSED, Weights, foreign_weights, run_weights
@@ -73,10 +74,10 @@ def export(settings: HuggingFaceSettings) -> Path:
     except SafetensorError as error:  # of the disk, say
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     tokenizer = get_tokenizer(weights.tokenizer)
-    (folder / "config.json").write_text(json.dumps(
+    write_text(folder / "config.json", json.dumps(
         transformers_config(weights, tokenizer.eot_token), indent=1) + "\n")
     _write_tokenizer(folder, weights.tokenizer, tokenizer, weights.config.block_size)
-    (folder / "README.md").write_text(model_card(weights, settings))
+    write_text(folder / "README.md", model_card(weights, settings))
     return folder
 
 
@@ -133,7 +134,7 @@ def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None
         shutil.copy(name, folder / "tokenizer.json")
     else:
         _as_tokenizers(encoding, byte_pairs=name == "gpt2").save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+    write_text(folder / "tokenizer_config.json", json.dumps(dict(
         tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size, eos_token=EOT,
         bos_token=EOT, clean_up_tokenization_spaces=False), indent=1) + "\n")
 
@@ -227,11 +228,11 @@ def import_weights(settings: HuggingFaceSettings) -> None:
     if name.endswith(".json"):
         out_dir.mkdir(parents=True, exist_ok=True)
         name = str(shutil.copy(name, out_dir / "tokenizer.json"))
-    config = as_dict(Config(**as_dict(weights.config))) | dict(
+    config = asdict(Config(**asdict(weights.config))) | dict(
         dataset=f"imported from {settings.import_from}")
     save(out_dir, model.state_dict(), {}, dict(
         format=1, step=0, val_loss=None, tally=dict(steps=0, clipped=0), config=config, data={},
-        model=as_dict(weights.config),
+        model=asdict(weights.config),
         tokenizer=name, num_classes=weights.num_classes, world_size=1), keep=2)
 
 

@@ -6,12 +6,13 @@ that fails says so once and never stops training.
 
 import json
 import math
-import os
 import sys
 import uuid
 from pathlib import Path
 
 from tqdm import tqdm
+
+from nanosophia.files import write_text
 
 # Dense bf16 peak in FLOP/s by a part of torch's device name; NVIDIA's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -83,9 +84,7 @@ class Recorder:
             return
         kept = [line for line in self.path.read_text().splitlines(keepends=True)
                 if line.endswith("\n") and _step_of(line) < step]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.path)
+        write_text(self.path, "".join(kept))
 
     def _attempt(self, what: str, action, *args, **kwargs):
         if what in self.failed:
@@ -147,7 +146,7 @@ def _start_wandb(id_file: Path, **settings):
     """Starts the run, or continues the one whose id the run's folder holds."""
     import wandb
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex)
+        write_text(id_file, uuid.uuid4().hex)
     return wandb.init(id=id_file.read_text(), resume="allow", **settings)
 
 

@@ -6,13 +6,14 @@ Adding an optimizer is an entry in OPTIMIZERS and a config; train.py stays as it
 import difflib
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from nanosophia.configurator import ConfigError, changed
+from nanosophia.configurator import ConfigError
 from nanosophia.options import Config
 from sophia import Sophia, empirical_fisher, gauss_newton_bartlett, hutchinson
 
@@ -105,7 +106,7 @@ def with_own_defaults(config: Config, sources: dict[str, str]) -> Config:
     if config.optimizer not in OPTIMIZERS:
         return config
     own = OPTIMIZERS[config.optimizer].defaults
-    return changed(config, **{key: value for key, value in own.items() if key not in sources})
+    return replace(config, **{key: value for key, value in own.items() if key not in sources})
 
 
 def advice(config: Config) -> list[str]:

@@ -148,3 +148,8 @@ def _nearby(total: int, world_size: int) -> str:
     if not divisors:
         return f"total_batch_size must be a multiple of {world_size}"
     return "batch_size may be one of " + ", ".join(map(str, divisors[-8:]))
+
+
+def padded_vocab_size(classes: int) -> int:
+    """Rows of an embedding for so many classes: the next multiple of 64, which kernels like."""
+    return -(-classes // 64) * 64

@@ -25,6 +25,7 @@ from model import GPT
 from nanosophia.checkpoint import CheckpointError
 from nanosophia.configurator import ConfigError, Settings, command, knob, load
 from nanosophia.distributed import start_ranks
+from nanosophia.files import write_text
 from nanosophia.tokenizer import get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, run_weights
 
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> None:
     print(table(results))
     if settings.init_from == "resume":
         path = Path(settings.out_dir) / "superglue.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        write_text(path, json.dumps(results, indent=1) + "\n")
         print(f"\nwrote {path}")
 
 

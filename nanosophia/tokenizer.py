@@ -17,6 +17,7 @@ from nanosophia.configurator import UserError
 
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "bytes")
+GPT2_CLASSES = 50257  # of GPT-2's encoding, end-of-text included
 
 # tiktoken's cache names (sha1 of the address), the published files' names and their sha256, from
 # tiktoken_ext/openai_public.py.

@@ -16,6 +16,7 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from nanosophia.checkpoint import Checkpoint, CheckpointError, checkpoints, newest, open_checkpoint
 from nanosophia.options import Config
+from nanosophia.tokenizer import GPT2_CLASSES
 
 
 class Weights(NamedTuple):
@@ -124,7 +125,6 @@ def _nanogpt_weights(path: Path) -> Weights:
     return Weights(kept, config, "gpt2" if plain else "", min(GPT2_CLASSES, config.vocab_size), {})
 
 
-GPT2_CLASSES = 50257
 # Both tanh ones are one function; the first is computed as model.py does, to the last bit.
 ACTIVATIONS = dict(gelu_pytorch_tanh="gelu_tanh", gelu_new="gelu_tanh", gelu="gelu")
 # transformers' Conv1D keeps these as (in, out).

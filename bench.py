@@ -31,7 +31,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import train
-from model import GPT
+from model import GPT, cross_entropy
 from nanosophia.configurator import ConfigError, command, knob, load
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import start_ranks, world_size
@@ -161,7 +161,7 @@ def _plain_loop(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
     """The step of a nanoGPT-shaped loop: rows copied one by one for each micro-batch, logits all at
     once, torch's fused AdamW."""
     config, device = run.config, run.ranks.device
-    run.model.loss_chunk = 0
+    run.model.loss_fn = cross_entropy
     parts = config.total_batch_size // config.batch_size
     generator = np.random.default_rng(config.seed)
 

@@ -20,6 +20,7 @@ from model import GPT
 from nanosophia.checkpoint import MANIFEST, CheckpointError
 from nanosophia.configurator import ConfigError, Settings, command, knob, load
 from nanosophia.distributed import start_ranks
+from nanosophia.generate import stream
 from nanosophia.tokenizer import EOT, TextStream, get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, run_weights
 
@@ -106,18 +107,18 @@ def _texts(model: GPT, tokenizer, prompt: list[int], settings: SampleSettings, w
     """Pieces to print: one sample as its tokens come, or several one after the other."""
     device = generator.device
     ids = torch.tensor([prompt] * settings.num_samples, device=device)  # (B, T)
-    tokens = model.stream(
-        ids, settings.max_new_tokens, temperature=settings.temperature,
+    tokens = stream(
+        model, ids, settings.max_new_tokens, temperature=settings.temperature,
         top_k=settings.top_k or None, top_p=settings.top_p,
         repetition_penalty=settings.repetition_penalty,
         num_classes=min(weights.num_classes, tokenizer.n_vocab), stop_token=tokenizer.eot_token,
         generator=generator)
     shown = [] if settings.interactive else prompt
     if settings.num_samples == 1:
-        stream = TextStream(tokenizer)
+        text = TextStream(tokenizer)
         for token in itertools.chain(shown, (t.item() for t in tokens)):
-            yield stream.push(token)
-        yield stream.end() + "\n---------------\n"
+            yield text.push(token)
+        yield text.end() + "\n---------------\n"
         return
     bar = tqdm(tokens, total=settings.max_new_tokens, unit="token", leave=False,
                disable=not sys.stderr.isatty())

@@ -423,8 +423,8 @@ def gauss_newton_bartlett(
         likelihood: "categorical" for cross-entropy; "gaussian" for half the squared error summed
             over V, where the outputs are means of unit variance (the paper, section 2.3).
         own_loss: the model computes the categorical loss itself, in a compiled graph or without
-            all logits at once: `model(inputs, uniforms, label)` gives the mean cross-entropy on the
-            labels `label(probabilities (n, V), uniforms (n,))` that are not -100. Needs `uniforms`,
+            all logits at once: `model(inputs, uniforms, sample_labels_fn=f)` gives the mean loss on
+            the labels `f(probabilities (n, V), uniforms (n,))` that are not -100. Needs `uniforms`,
             and a position that counts in every micro-batch.
         chunk_size: rows squared together. None: all rows of all ranks in one square, the paper's
             way. Otherwise hhat = sum_c S_c * S_c / n over chunks c of so many rows: the same
@@ -446,7 +446,7 @@ def gauss_newton_bartlett(
             if mask is not None:
                 noise = noise.masked_fill(~mask[rows].to(noise.device), -1)
             n = (noise >= 0).sum()
-            return model(inputs[rows], noise, label) * n, n
+            return model(inputs[rows], noise, sample_labels_fn=label) * n, n
         outputs = model(inputs[rows])
         outputs = outputs.reshape(-1, outputs.size(-1))  # (n, V)
         noise = None if uniforms is None else uniforms[rows].to(outputs.device)

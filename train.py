@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from model import GPT, GPTConfig
 from nanosophia import checkpoint as checkpoints
 from nanosophia import dry_run
 from nanosophia.checkpoint import Checkpoint, CheckpointError, RunLock, Saver
+from nanosophia.chunked_loss import chunked_cross_entropy
 from nanosophia.configurator import (
     ConfigError,
     Stopped,
@@ -64,6 +66,7 @@ from nanosophia.distributed import (
     wrap,
 )
 from nanosophia.files import write_text
+from nanosophia.generate import generate
 from nanosophia.metrics import Health, Recorder, peak_flops
 from nanosophia.optimizers import (
     Estimator,
@@ -284,9 +287,11 @@ def build_run(config: Config, ranks: Ranks, data: Dataset,
     sharded = config.parallel == "fsdp" and ranks.world_size > 1
     compiles = config.compile == "on" or (config.compile == "auto"
                                           and ranks.device.type == "cuda")
-    model.loss_chunk = config.loss_chunk
-    if not config.loss_chunk and not compiles and ranks.device.type == "cpu":
-        model.loss_chunk = max(1, LOSS_CHUNK_LOGITS // config.vocab_size)
+    chunk = config.loss_chunk
+    if not chunk and not compiles and ranks.device.type == "cpu":
+        chunk = max(1, LOSS_CHUNK_LOGITS // config.vocab_size)
+    if chunk:
+        model.loss_fn = partial(chunked_cross_entropy, chunk=chunk)
     if compiles:
         for part in blocks if sharded else [model]:
             part.compile()
@@ -349,13 +354,13 @@ def update_curvature(run: Run, step: int) -> None:
     bare = run.model.forward if run.estimator.second_derivatives else run.model
     row = first
 
-    def forward(idx: Tensor, *more) -> Tensor:
+    def forward(idx: Tensor, *more, **options) -> Tensor:
         """The model without gradient hooks, on the next rows."""
         nonlocal row
         _seed_dropout(config, "hessian_dropout", step, row)
         row += len(idx)
         with run.autocast():
-            return bare(idx, *more)
+            return bare(idx, *more, **options)
 
     estimate = run.estimator.estimate(forward, idx, targets, first,
                                       keyed_seed(config.seed, "hessian", step))
@@ -713,7 +718,7 @@ def _farewell(run: Run, data: Dataset, out_dir: Path) -> None:
         tokenizer = get_tokenizer(data.tokenizer)
         start = torch.tensor([[tokenizer.eot_token]], device=run.ranks.device)
         generator = torch.Generator(run.ranks.device).manual_seed(run.config.seed)
-        ids = run.model.generate(start, run.config.sample_tokens, temperature=0.8, top_k=200,
+        ids = generate(run.model, start, run.config.sample_tokens, temperature=0.8, top_k=200,
                                  num_classes=data.vocab_size, generator=generator)
         print(f"a sample:\n{tokenizer.decode(ids[0, 1:].tolist())}\n")
     print(f"saved in {out_dir}; next:\n"

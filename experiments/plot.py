@@ -204,6 +204,7 @@ def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
     import torch
 
     from nanosophia.checkpoint import CheckpointError
+    from nanosophia.generate import generate
     from nanosophia.tokenizer import TokenizerError, get_tokenizer
     from nanosophia.weights import run_weights
     try:
@@ -219,8 +220,8 @@ def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
     if not samples:
         return environment, []
     ids = torch.full((samples, 1), tokenizer.eot_token)
-    found = model.generate(ids, 200, temperature=0.8, top_k=200, num_classes=weights.num_classes,
-                           generator=torch.Generator().manual_seed(1337))
+    found = generate(model, ids, 200, temperature=0.8, top_k=200, num_classes=weights.num_classes,
+                     generator=torch.Generator().manual_seed(1337))
     return environment, [tokenizer.decode(row) for row in found[:, 1:].tolist()]
 
 

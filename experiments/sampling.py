@@ -13,8 +13,9 @@ from statistics import median
 
 import torch
 
-from model import GPT, GPTConfig, draw_token
+from model import GPT, GPTConfig
 from nanosophia.configurator import Settings, command, knob, load
+from nanosophia.generate import draw_token, generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     n, k = settings.max_new_tokens, settings.top_k
 
     def cached(rows: int) -> None:
-        model.generate(torch.zeros(rows, 1, dtype=torch.long), n, temperature=0.8, top_k=k)
+        generate(model, torch.zeros(rows, 1, dtype=torch.long), n, temperature=0.8, top_k=k)
 
     ways = dict(
         recompute=(1, lambda: recompute(model, torch.zeros(1, 1, dtype=torch.long), n, k)),

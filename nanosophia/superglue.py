@@ -26,6 +26,7 @@ from nanosophia.checkpoint import CheckpointError
 from nanosophia.configurator import ConfigError, Settings, command, knob, load
 from nanosophia.distributed import start_ranks
 from nanosophia.files import write_text
+from nanosophia.generate import generate
 from nanosophia.tokenizer import get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, run_weights
 
@@ -208,9 +209,9 @@ def _answers(model: GPT, tokenizer, prompts: list[list[int]], settings: SuperGlu
         for start in range(0, len(places), settings.batch_size):
             some = places[start:start + settings.batch_size]
             ids = torch.tensor([prompts[place] for place in some], device=device)
-            out = model.generate(ids, ANSWER_TOKENS, temperature=0,
-                                 num_classes=min(num_classes, tokenizer.n_vocab),
-                                 stop_token=tokenizer.eot_token)
+            out = generate(model, ids, ANSWER_TOKENS, temperature=0,
+                           num_classes=min(num_classes, tokenizer.n_vocab),
+                           stop_token=tokenizer.eot_token)
             for place, row in zip(some, out[:, length:].tolist(), strict=True):
                 ended = row.index(tokenizer.eot_token) if tokenizer.eot_token in row else None
                 text = tokenizer.decode(row[:ended]).strip()

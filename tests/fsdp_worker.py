@@ -46,7 +46,8 @@ def uniforms_arrive_unrounded() -> None:
         return given.new_zeros(len(given), dtype=torch.long)
 
     with torch.autocast("cpu", torch.bfloat16):
-        model(torch.zeros(4, 8, dtype=torch.long), uniforms, label).backward()
+        model(torch.zeros(4, 8, dtype=torch.long), uniforms,
+              sample_labels_fn=label).backward()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ PACKAGE = "nanosophia"
 ALLOWED = {
     "model": set(),
     "sophia": set(),
-    "train": {"model", "checkpoint", "configurator", "dataloader", "distributed", "dry_run",
-              "files", "metrics", "optimizers", "options", "tokenizer", "weights"},
+    "train": {"model", "checkpoint", "chunked_loss", "configurator", "dataloader", "distributed",
+              "dry_run", "files", "generate", "metrics", "optimizers", "options", "tokenizer",
+              "weights"},
     "bench": {"model", "sophia", "configurator", "dataloader", "distributed", "files", "metrics",
               "optimizers", "options", "tokenizer", "train"},
-    "sample": {"model", "checkpoint", "configurator", "distributed", "tokenizer", "weights"},
+    "sample": {"model", "checkpoint", "configurator", "distributed", "generate", "tokenizer",
+               "weights"},
     "configurator": set(),
     "tokenizer": {"configurator"},
     "dataloader": {"configurator", "tokenizer"},
@@ -30,11 +32,13 @@ ALLOWED = {
     "optimizers": {"sophia", "configurator", "options"},
     "dry_run": {"model", "configurator", "dataloader", "metrics", "optimizers", "options",
                 "tokenizer"},
-    "superglue": {"model", "checkpoint", "configurator", "distributed", "files", "tokenizer",
-                  "weights"},
+    "superglue": {"model", "checkpoint", "configurator", "distributed", "files", "generate",
+                  "tokenizer", "weights"},
     "huggingface": {"model", "checkpoint", "configurator", "files", "options", "tokenizer",
                     "weights"},
     "files": set(),
+    "chunked_loss": {"model"},
+    "generate": {"model"},
 }
 WITHOUT_TORCH = {"configurator", "tokenizer", "corpus"}
 TORCH_ALONE = {"model", "sophia"}

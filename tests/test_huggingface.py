@@ -12,6 +12,7 @@ import train
 from model import GPT
 from nanosophia import checkpoint, huggingface
 from nanosophia.checkpoint import newest
+from nanosophia.generate import generate
 from nanosophia.tokenizer import EOT, get_tokenizer
 from nanosophia.weights import foreign_weights, run_weights
 from tests.conftest import run_train
@@ -55,7 +56,7 @@ def test_the_exported_tokenizer_and_text_are_the_runs(tiny, tmp_path):
     assert theirs.eos_token_id == encoding.eot_token
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = encoding.encode("def")
-    expected = ours(weights).generate(torch.tensor([prompt]), 10, temperature=0, num_classes=257)
+    expected = generate(ours(weights), torch.tensor([prompt]), 10, temperature=0, num_classes=257)
     found = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False,
                            pad_token_id=256, eos_token_id=None)
     assert found.tolist() == expected.tolist()

@@ -1,14 +1,22 @@
 """The model against transformers' GPT-2, and its laws."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, LayerCache, draw_token
+from model import GPT, GPTConfig, cross_entropy
+from nanosophia.chunked_loss import chunked_cross_entropy
+from nanosophia.generate import LayerCache, draw_token, generate
 from sophia import draw_labels
 from tests.conftest import Allocated
+
+
+def in_chunks(chunk):
+    return partial(chunked_cross_entropy, chunk=chunk) if chunk else cross_entropy
+
 
 SMALL = dict(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=70)
 
@@ -71,14 +79,15 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole(chunk, draws,
         targets[0, :5] = -100
     label = draw_first_above if draws else None
     found = []
-    for model.loss_chunk in (0, chunk):
+    for loss_fn in (cross_entropy, in_chunks(chunk)):
+        model.loss_fn = loss_fn
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            loss = model(idx, targets, label)
+            loss = model(idx, targets, sample_labels_fn=label)
         found.append([loss, *torch.autograd.grad(3 * loss, list(model.parameters()))])
     tolerance = dict(atol=2e-2, rtol=2e-2) if low else {}
     torch.testing.assert_close(found[1], found[0], **tolerance)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
-        assert torch.equal(model(idx, targets, label), found[1][0])
+        assert torch.equal(model(idx, targets, sample_labels_fn=label), found[1][0])
 
 
 def test_the_chunked_loss_is_finite_where_a_labels_probability_is_not():
@@ -87,14 +96,14 @@ def test_the_chunked_loss_is_finite_where_a_labels_probability_is_not():
         model.transformer.wte.weight[3] *= 1e4  # so that some probabilities are 0 in float32
     idx, targets = torch.randint(70, (2, 1, 24))
     whole = model(idx, targets)
-    model.loss_chunk = 5
+    model.loss_fn = in_chunks(5)
     assert whole > 100
     torch.testing.assert_close(model(idx, targets), whole)
 
 
 def test_the_chunked_loss_is_differentiated_once():
     model = GPT(GPTConfig(**SMALL))
-    model.loss_chunk = 5
+    model.loss_fn = in_chunks(5)
     loss = model(*torch.randint(70, (2, 1, 24)))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
@@ -106,13 +115,13 @@ def test_the_chunked_loss_is_differentiated_once():
 def test_the_loss_holds_the_logits_and_one_more_buffer_of_their_size(chunk, most, draws):
     """In float32, the backward pass and the drawing of labels included; with chunks, a chunk's."""
     model = GPT(GPTConfig(**SMALL | dict(vocab_size=16384)))
-    model.loss_chunk = chunk
+    model.loss_fn = in_chunks(chunk)
     idx, targets = torch.randint(16384, (2, 16, 16))
     if draws:
         targets = torch.rand(16, 16)
     whole = 256 * 16384 * 4
     with Allocated(smallest=whole // 5) as held:  # the head's weights are an eighth
-        model(idx, targets, draw_labels if draws else None).backward()
+        model(idx, targets, sample_labels_fn=draw_labels if draws else None).backward()
     assert 0 < held.most / whole <= most
 
 
@@ -120,11 +129,11 @@ def test_the_loss_holds_the_logits_and_one_more_buffer_of_their_size(chunk, most
 def test_model_loss_and_the_drawing_of_labels_compile_into_one_graph(chunk):
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL))
-    model.loss_chunk = chunk
+    model.loss_fn = in_chunks(chunk)
     idx, targets = torch.randint(70, (2, 2, 24))
     uniforms = torch.rand(2, 24)
     compiled = torch.compile(model, fullgraph=True)
-    for arguments in ((idx, targets), (idx, uniforms, draw_first_above)):
+    for arguments in ((idx, targets), (idx, uniforms, None, draw_first_above)):
         expected = model(*arguments)
         gradients = torch.autograd.grad(expected, list(model.parameters()))
         found = compiled(*arguments)
@@ -182,7 +191,7 @@ def test_generation_slides_keeps_the_mode_and_never_draws_padding():
     with torch.no_grad():  # make padding ids by far the likeliest
         model.transformer.wte.weight[60:] = 100 * model.transformer.ln_f.weight
     idx = torch.randint(60, (2, 3))
-    out = model.generate(idx, 40, num_classes=60)
+    out = generate(model, idx, 40, num_classes=60)
     assert out.shape == (2, 43) and torch.equal(out[:, :3], idx)
     assert out.max() < 60 and model.training
 
@@ -191,8 +200,8 @@ def test_generation_is_greedy_at_temperature_zero_and_repeats_with_its_seed():
     model = GPT(GPTConfig(**SMALL))
     idx = torch.randint(70, (1, 4))
     expected = model.eval()(idx)[:, -1].argmax(-1)
-    assert model.generate(idx, 1, temperature=0)[0, -1] == expected[0]
-    draws = [model.generate(idx, 8, top_k=5, generator=torch.Generator().manual_seed(3))
+    assert generate(model, idx, 1, temperature=0)[0, -1] == expected[0]
+    draws = [generate(model, idx, 8, top_k=5, generator=torch.Generator().manual_seed(3))
              for _ in range(2)]
     assert torch.equal(*draws)
     top5 = model(idx)[0, -1].topk(5).indices
@@ -219,8 +228,8 @@ def test_the_cache_gives_the_logits_of_the_full_pass(settings):
         full = model(idx)
         for prompt in (1, 7, 24):
             caches = [LayerCache(24) for _ in range(3)]
-            found = [model.next_logits(idx[:, :prompt], caches)]
-            found += [model.next_logits(idx[:, t:t + 1], caches) for t in range(prompt, 24)]
+            found = [model(idx[:, :prompt], caches=caches)[:, -1]]
+            found += [model(idx[:, t:t + 1], caches=caches)[:, -1] for t in range(prompt, 24)]
             torch.testing.assert_close(torch.stack(found, 1), full[:, prompt - 1:], rtol=1e-10,
                                        atol=1e-10)
 
@@ -229,7 +238,7 @@ def test_the_cache_gives_the_logits_of_the_full_pass(settings):
 def test_text_longer_than_the_context_slides_as_if_recomputed(prompt):
     model = trained_like().double()
     idx = torch.randint(64, (2, prompt))
-    found = model.generate(idx, 30, temperature=0)
+    found = generate(model, idx, 30, temperature=0)
     expected = idx
     with torch.inference_mode():
         for _ in range(30):
@@ -241,15 +250,15 @@ def test_text_longer_than_the_context_slides_as_if_recomputed(prompt):
 def test_rows_end_at_the_stop_token_and_the_stream_with_the_last():
     model = trained_like(1)
     idx = torch.arange(8).unsqueeze(1)
-    free = model.generate(idx, 20, generator=torch.Generator().manual_seed(5))
+    free = generate(model, idx, 20, generator=torch.Generator().manual_seed(5))
     stop = int(free[0, 6])
-    found = model.generate(idx, 20, generator=torch.Generator().manual_seed(5), stop_token=stop)
+    found = generate(model, idx, 20, generator=torch.Generator().manual_seed(5), stop_token=stop)
     for row in found[:, 1:].tolist():
         if stop in row:
             assert set(row[row.index(stop):]) == {stop}
     assert stop in found[0, 1:7].tolist()
-    one = model.generate(idx[:1], 20, temperature=0, stop_token=int(
-        model.generate(idx[:1], 1, temperature=0)[0, -1]))
+    one = generate(model, idx[:1], 20, temperature=0, stop_token=int(
+        generate(model, idx[:1], 1, temperature=0)[0, -1]))
     assert one.size(1) == 2
 
 
@@ -276,5 +285,5 @@ def test_the_repetition_penalty_is_on_what_was_seen_alone():
 
 def test_padding_ids_are_never_drawn():
     model = trained_like(2)
-    found = model.generate(torch.zeros(16, 1, dtype=torch.long), 23, num_classes=40, temperature=9)
+    found = generate(model, torch.zeros(16, 1, dtype=torch.long), 23, num_classes=40, temperature=9)
     assert found.max() < 40

@@ -32,21 +32,17 @@ from torch.nn.attention import SDPBackend
 
 import train
 from model import GPT, cross_entropy
+from nanosophia.baselines import Lion
 from nanosophia.configurator import ConfigError, command, knob, load
+from nanosophia.controlled_gamma import ControlledSophia
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import start_ranks, world_size
 from nanosophia.files import write_text
 from nanosophia.metrics import peak_flops
-from nanosophia.optimizers import (
-    OPTIMIZERS,
-    Lion,
-    check,
-    cosine_lr,
-    parameter_groups,
-    with_own_defaults,
-)
+from nanosophia.optimizers import OPTIMIZERS, check, parameter_groups, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
 from nanosophia.tokenizer import GPT2_CLASSES
+from nanosophia.update_rules import compiled_update, sliced_update
 from sophia import Sophia
 
 BASELINE = "AdamW, torch fused"
@@ -173,7 +169,7 @@ def _plain_loop(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
 
     def step(number: int) -> None:
         for group in run.optimizer.param_groups:
-            group["lr"] = cosine_lr(config, number)
+            group["lr"] = train.cosine_lr(config, number)
         for _ in range(parts):
             first = generator.integers(len(tokens) - config.block_size, size=config.batch_size)
             idx, targets = batch(first), batch(first + 1)
@@ -375,20 +371,20 @@ def _contenders(settings: BenchSettings, model: GPT) -> dict[str, Callable[[], o
     def groups(**extra):
         return [group | extra for group in parameter_groups(model, settings)]
 
-    def sophia(**extra):
-        optimizer = Sophia(groups(**extra))
+    def sophia(rule=compiled_update, **extra):
+        optimizer = ControlledSophia(groups(**extra))
+        optimizer.rule = rule
         optimizer.update_hessian([torch.rand_like(p) for p in optimizer.parameters()])
         return optimizer
 
     def refreshing(optimizer: Sophia):
         def step():  # as the step after an estimate does
-            optimizer._estimated = True
+            optimizer._new_estimate = True
             optimizer.step()
         return step
 
-    eager, compiled = sophia(), sophia(compiled=True)
-    controlled = dict(compiled=True, gamma_target=0.9)
-    tensors, rows = sophia(**controlled), sophia(**controlled)
+    eager, compiled = sophia(sliced_update), sophia()
+    tensors, rows = sophia(gamma_target=0.9), sophia(gamma_target=0.9)
     for group in rows.param_groups:
         group["gamma_rows"] = group["kind"] == "embedding"
     # The estimate that update_hessian is handed may be any tensors of the right shapes.

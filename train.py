@@ -34,7 +34,6 @@ from nanosophia.chunked_loss import chunked_cross_entropy
 from nanosophia.configurator import (
     ConfigError,
     Stopped,
-    UserError,
     command,
     load,
     with_sources,
@@ -53,30 +52,23 @@ from nanosophia.dataloader import (
 from nanosophia.distributed import (
     Ranks,
     StopSignals,
+    full_tensor,
     gradient_sync,
-    local,
     on_main,
     reshard,
-    sharded_gradients,
+    sharded_gradient,
     start_ranks,
     stop_ranks,
     sum_over_ranks,
-    whole,
     world_size,
     wrap,
 )
+from nanosophia.estimators import Estimator
 from nanosophia.files import write_text
 from nanosophia.generate import generate
+from nanosophia.guard import Guard, TrainingError, require_finite_parameters, skip_if_nonfinite
 from nanosophia.metrics import Health, Recorder, peak_flops
-from nanosophia.optimizers import (
-    Estimator,
-    advice,
-    build,
-    check,
-    cosine_lr,
-    unless,
-    with_own_defaults,
-)
+from nanosophia.optimizers import advice, build, check, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
 from nanosophia.tokenizer import TokenizerError, byte_lengths, get_tokenizer
 from nanosophia.weights import foreign_weights, saved_model_config
@@ -95,70 +87,12 @@ LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation
               "dry_run_mfu"}
 
 
-class TrainingError(UserError):
-    """Training cannot go on; the message names the step."""
-
-    exit_code = 1
-
-
 @dataclass
-class Tally:
+class StepCounters:
     """Counts since the last record; saved, so that a resumed run records the same."""
 
     clipped: Tensor  # steps whose gradient norm was clipped
     steps: int = 0
-
-
-class Guard:
-    """Keeps what is not finite out of the state, on every rank at once and without a host sync.
-
-    A step is refused when some rank's loss or the gradient norm is not finite, an estimate when it
-    is not. More than `limit` of either in a row end the run: every step is refused from then on,
-    until `explain` tells the host.
-    """
-
-    KINDS = ("loss", "gradient norm", "curvature estimate")
-
-    def __init__(self, limit: int, ranks: Ranks):
-        self.limit, self.ranks = limit, ranks
-        self.in_a_row = torch.zeros(2, dtype=torch.int64, device=ranks.device)
-        # refused so far; of the end: whether, step, kind, on how many ranks, their sum
-        self.report = torch.zeros(6, dtype=torch.int64, device=ranks.device)
-
-    def judge_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """1.0 where the step must change nothing, else 0.0."""
-        return self._judge(step, torch.stack([loss.detach(), grad_norm]), self.in_a_row[0], 0)
-
-    def judge_estimate(self, step: int, estimate: list[Tensor]) -> Tensor:
-        """1.0 where the estimate must change nothing, else 0.0."""
-        norms = torch.stack(torch._foreach_norm([local(x) for x in estimate]))
-        return self._judge(step, norms.sum().unsqueeze(0), self.in_a_row[1], 2)
-
-    def _judge(self, step: int, values: Tensor, in_a_row: Tensor, first_kind: int) -> Tensor:
-        on = (~torch.isfinite(values)).long()
-        both = torch.stack([on, on * self.ranks.rank])
-        if self.ranks.world_size > 1:
-            sum_over_ranks([both])
-        bad = both[0].any().long()
-        in_a_row.mul_(bad).add_(bad)
-        self.report[0] += bad
-        kind = both[0].ne(0).int().argmax()
-        end = torch.stack([torch.ones_like(bad), torch.full_like(bad, step), kind + first_kind,
-                           *both.index_select(1, kind.unsqueeze(0)).flatten()])
-        ends = (in_a_row > self.limit) & (self.report[1] == 0)
-        self.report[1:] = torch.where(ends, end, self.report[1:])
-        return (bad | self.report[1]).float()
-
-    def explain(self, report: list[float]) -> None:
-        """Raises TrainingError when `report`, read from the device, says that the run has ended."""
-        _, ended, step, kind, on, rank = map(int, report)
-        if ended:
-            where = f" on rank {rank}" if on == 1 < self.ranks.world_size else ""
-            times = f" for the {self.limit + 1}th time in a row" if self.limit else ""
-            raise TrainingError(
-                f"step {step}: the {self.KINDS[kind]} is not finite{where}{times}; nothing was "
-                "updated. Continue the newest checkpoint with a lower learning_rate, longer "
-                "warm-up, or --on_nonfinite=skip")
 
 
 @dataclass
@@ -172,7 +106,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     estimator: Estimator | None
     batches: Prefetcher
-    tally: Tally
+    counters: StepCounters
     guard: Guard
     sharded: bool  # parameters are split over ranks
 
@@ -300,7 +234,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset,
     optimizer, estimator = build(
         config, model, num_classes=data.vocab_size,
         all_reduce=sum_over_ranks if ranks.world_size > 1 else None,
-        sharded=(lambda params: sharded_gradients(model, params, ranks)) if sharded else None)
+        sharded_gradient=sharded_gradient(model, ranks) if sharded else None)
 
     def wanted(step: int) -> list[tuple[int, int]]:
         estimates = estimator is not None and step % config.hessian_interval == 0
@@ -313,8 +247,18 @@ def build_run(config: Config, ranks: Ranks, data: Dataset,
                      vocab_size=data.vocab_size),
         wanted, ranks.device)
     return Run(config, ranks, model, wrapped, optimizer, estimator, batches,
-               Tally(torch.zeros((), device=ranks.device)),
+               StepCounters(torch.zeros((), device=ranks.device)),
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
+
+
+def cosine_lr(config: Config, step: int) -> float:
+    """Returns the rate of a 0-based step: linear warm-up, then a cosine to min_lr_ratio of it."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    span = max(1, config.max_iters - config.warmup_iters)
+    progress = min(1.0, (step - config.warmup_iters) / span)
+    ratio = config.min_lr_ratio
+    return config.learning_rate * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -336,12 +280,13 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
                 loss = run.wrapped(idx, targets) * (config.batch_size / (last - first))
             loss.backward()
         mean_loss += loss.detach()
-    grad_norm = whole(nn.utils.clip_grad_norm_(run.model.parameters(),
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(run.model.parameters(),
                                                config.grad_clip or math.inf))
-    run.tally.steps += 1
+    run.counters.steps += 1
     if config.grad_clip:
-        run.tally.clipped += grad_norm > config.grad_clip
-    unless(run.guard.judge_step(step, mean_loss, grad_norm), run.optimizer, run.optimizer.step)
+        run.counters.clipped += grad_norm > config.grad_clip
+    skip_if_nonfinite(run.guard.check_step(step, mean_loss, grad_norm), run.optimizer,
+                      run.optimizer.step)
     run.optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
 
@@ -364,8 +309,8 @@ def update_curvature(run: Run, step: int) -> None:
 
     estimate = run.estimator.estimate(forward, idx, targets, first,
                                       keyed_seed(config.seed, "hessian", step))
-    unless(run.guard.judge_estimate(step, estimate), run.optimizer,
-           lambda: run.optimizer.update_hessian(estimate))
+    skip_if_nonfinite(run.guard.check_estimate(step, estimate), run.optimizer,
+                      lambda: run.optimizer.update_hessian(estimate))
 
 
 @torch.no_grad()
@@ -450,7 +395,7 @@ def _loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step:
                 evaluates = done % config.eval_interval == 0 or last
                 saves = done % config.checkpoint_interval == 0 or last or stop
                 if evaluates or saves:
-                    run.guard.explain(run.guard.report.tolist())  # sync
+                    run.guard.raise_if_tripped(run.guard.report.tolist())  # sync
                 if evaluates:
                     record["val/loss"] = evaluate(run, windows)
                 if record:
@@ -492,17 +437,17 @@ def _measure(run: Run, step: int, loss: Tensor, grad_norm: Tensor, clock: _Clock
     if run.ranks.world_size > 1:
         sum_over_ranks([loss])
     measured = {"train/loss": loss / run.ranks.world_size, "grad_norm": grad_norm,
-                "norm_clip_rate": run.tally.clipped / run.tally.steps}
+                "norm_clip_rate": run.counters.clipped / run.counters.steps}
     if hasattr(run.optimizer, "statistics"):
-        measured |= run.optimizer.statistics()
+        measured |= {k: full_tensor(x) for k, x in run.optimizer.statistics().items()}
     values = torch.cat([torch.stack([value.double() for value in measured.values()]),
                         run.guard.report.double()]).tolist()  # sync
     record, report = dict(zip(measured, values, strict=False)), values[len(measured):]
-    run.guard.explain(report)
+    run.guard.raise_if_tripped(report)
     if report[0]:
         record["refused"] = int(report[0])
-    run.tally.clipped.zero_()
-    run.tally.steps = 0
+    run.counters.clipped.zero_()
+    run.counters.steps = 0
     steps, seconds = clock.read(step + 1)
     record["data_wait_fraction"] = run.batches.seconds_waited / seconds
     run.batches.seconds_waited = 0.0
@@ -620,26 +565,20 @@ def _fit_vocabulary(config: Config, sources: dict[str, str], data: Dataset) -> C
 def _restore(run: Run, found: Checkpoint) -> int:
     """Loads parameters and optimizer state; the number of steps done."""
     found.restore(run.model, run.optimizer)
-    run.tally.steps = found.state["tally"]["steps"]
-    run.tally.clipped.fill_(found.state["tally"]["clipped"])
+    run.counters.steps = found.state["tally"]["steps"]
+    run.counters.clipped.fill_(found.state["tally"]["clipped"])
     if guard := found.state.get("guard"):
-        run.guard.in_a_row.copy_(torch.tensor(guard["in_a_row"]))
-        run.guard.report[0] = guard["refused"]
+        run.guard.restore(guard)
     return found.state["step"]
 
 
 def _save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | None) -> None:
     """Starts to save, on every rank; raises on every rank when the parameters are not finite."""
-    norms = torch._foreach_norm([local(p) for p in run.model.parameters()])
-    bad = (~torch.isfinite(torch.stack(norms))).any().int()
-    sum_over_ranks([bad])
-    if bad.item():  # sync
-        raise TrainingError(f"step {done - 1}: parameters are not finite, so no checkpoint is "
-                            "written; continue the newest one with a lower learning_rate")
+    require_finite_parameters(run.model.parameters(), done - 1)
     saver.save(run.model.state_dict(), checkpoints.flatten_state(run.optimizer), dict(
         format=1, step=done, val_loss=val_loss,
-        tally=dict(steps=run.tally.steps, clipped=run.tally.clipped.item()),
-        guard=dict(in_a_row=run.guard.in_a_row.tolist(), refused=int(run.guard.report[0])),
+        tally=dict(steps=run.counters.steps, clipped=run.counters.clipped.item()),
+        guard=run.guard.state(),
         config=asdict(run.config), model=asdict(run.model.config), data=data.fingerprint,
         tokenizer=data.tokenizer, num_classes=data.vocab_size, world_size=run.ranks.world_size,
         versions=dict(python=platform.python_version(), torch=torch.__version__,

@@ -36,6 +36,7 @@ from nanosophia.distributed import (
     is_sharded,
     on_main,
     second_group,
+    to_local,
     zeros_like_shards,
 )
 from nanosophia.files import fsync, write_text
@@ -211,16 +212,12 @@ def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], 
 def _prepare_folder(partial: Path, model: dict, optimizer: dict, ranks: Ranks) -> None:
     out_dir = partial.parent
     out_dir.mkdir(parents=True, exist_ok=True)
-    local = sum(_nbytes(t) for t in (*model.values(), *optimizer.values()))
-    needed, free = local * ranks.world_size + (1 << 20), shutil.disk_usage(out_dir).free
+    own_bytes = sum(to_local(t).nbytes for t in (*model.values(), *optimizer.values()))
+    needed, free = own_bytes * ranks.world_size + (1 << 20), shutil.disk_usage(out_dir).free
     if free < needed:
         raise OSError(f"{needed >> 20} MiB are needed, {free >> 20} MiB of disk space are free")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-
-
-def _nbytes(x: Tensor) -> int:
-    return (x.to_local() if is_sharded(x) else x).nbytes
 
 
 def _write_tensors(partial: Path, model: dict, optimizer: dict, group) -> None:

@@ -157,25 +157,27 @@ def gradient_sync(model: nn.Module, on: bool):
         nullcontext()
 
 
-def sharded_gradients(model: FSDPModule, params: Sequence[Tensor], ranks: Ranks
-                      ) -> Callable[[Tensor, bool], list[Tensor] | None]:
-    """`accumulate(loss, last)` of sophia.py's estimators for parameters split by `wrap`.
+def sharded_gradient(model: FSDPModule, ranks: Ranks) -> Callable:
+    """Returns what stands in for `sophia.summed_gradient` where `wrap` has split the parameters.
 
-    Gradients of losses summed over micro-batches and ranks, each rank its shard. `.grad` must be
-    None before, and is None again after the last.
+    The gradient of the sum of all losses, summed over ranks, each rank its shard, and the number of
+    this rank's labels. `.grad` must be None before, and is None again afterwards.
     """
-    def accumulate(loss: Tensor, last: bool) -> list[Tensor] | None:
-        with gradient_sync(model, on=last):
-            loss.backward()
-        if not last:
-            return None
-        found = [torch.zeros_like(p) if p.grad is None else p.grad.mul_(ranks.world_size)
-                 for p in params]  # the reduction took the mean
+    def summed_gradient(losses, params: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        losses, count = list(losses), 0
+        for i, loss_fn in enumerate(losses):
+            with gradient_sync(model, on=i == len(losses) - 1):
+                with torch.enable_grad():
+                    loss, n = loss_fn()
+                loss.backward()
+            count = count + n
+        gradient = [torch.zeros_like(p) if p.grad is None else p.grad.mul_(ranks.world_size)
+                    for p in params]  # the reduction took the mean
         for p in params:
             p.grad = None
-        return found
+        return gradient, count
 
-    return accumulate
+    return summed_gradient
 
 
 def reshard(model: nn.Module) -> None:
@@ -189,13 +191,13 @@ def is_sharded(x: Tensor) -> bool:
     return isinstance(x, DTensor)
 
 
-def local(x: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other as it is."""
+def to_local(x):
+    """Returns this rank's part of a sharded tensor, and anything else as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def whole(x: Tensor) -> Tensor:
-    """A sharded tensor gathered on every rank; any other as it is."""
+def full_tensor(x: Tensor) -> Tensor:
+    """Returns a sharded tensor gathered on every rank, and any other as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -237,7 +239,7 @@ def second_group():
 def host_copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies in host memory, sharded tensors still sharded; `buffers` is reused and filled up."""
     for name, x in tensors.items():
-        x, kept = local(x).detach(), buffers.get(name)
+        x, kept = to_local(x).detach(), buffers.get(name)
         if kept is None or (kept.shape, kept.dtype) != (x.shape, x.dtype):
             buffers[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
         buffers[name].copy_(x, non_blocking=True)

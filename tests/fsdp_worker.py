@@ -7,14 +7,19 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from model import GPT, GPTConfig
+from nanosophia.controlled_gamma import ControlledSophia
 from nanosophia.distributed import Ranks, wrap
-from sophia import Sophia
+from nanosophia.update_rules import compiled_update, sliced_update
+from sophia import Sophia, sophia_update
 
-OPTIONS = {"plain": {}, "compiled": dict(compiled=True), "tensors": dict(gamma_target=0.9),
-           "rows": dict(gamma_target=0.9, gamma_rows=True)}
+MAKE = {  # name: optimizer class, its options, its rule
+    "plain": (Sophia, {}, sophia_update), "sliced": (Sophia, {}, sliced_update),
+    "compiled": (Sophia, {}, compiled_update),
+    "tensors": (ControlledSophia, dict(gamma_target=0.9), sliced_update),
+    "rows": (ControlledSophia, dict(gamma_target=0.9, gamma_rows=True), sliced_update)}
 
 
-def trained(sharded: bool, options: dict) -> list[torch.Tensor]:
+def trained(sharded: bool, name: str) -> list[torch.Tensor]:
     """Parameters, m and h after four steps, in full."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=33))
@@ -22,7 +27,9 @@ def trained(sharded: bool, options: dict) -> list[torch.Tensor]:
         for block in model.transformer.h:
             fully_shard(block)
         fully_shard(model)
-    optimizer = Sophia(model.parameters(), lr=1e-2, gamma=1.0, **options)
+    cls, options, rule = MAKE[name]
+    optimizer = cls(model.parameters(), lr=1e-2, gamma=1.0, **options)
+    optimizer.rule = rule
     idx = torch.randint(33, (4, 8), generator=torch.Generator().manual_seed(1))
     for step in range(4):
         model(idx, idx).backward()
@@ -54,6 +61,6 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     uniforms_arrive_unrounded()
     for name in sys.argv[1:]:
-        for a, b in zip(trained(True, OPTIONS[name]), trained(False, OPTIONS[name]), strict=True):
+        for a, b in zip(trained(True, name), trained(False, name), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     dist.destroy_process_group()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig, cross_entropy
 from nanosophia.chunked_loss import chunked_cross_entropy
+from nanosophia.estimators import draw_labels
 from nanosophia.generate import LayerCache, draw_token, generate
-from sophia import draw_labels
 from tests.conftest import Allocated
 
 

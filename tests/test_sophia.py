@@ -14,20 +14,56 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
 from nanosophia.chunked_loss import chunked_cross_entropy
+from nanosophia.controlled_gamma import ControlledSophia, control_gamma
+from nanosophia.estimators import (
+    chunked_squares,
+    draw_labels,
+    empirical_fisher_estimator,
+    gnb_estimator,
+)
+from nanosophia.options import Config
+from nanosophia.update_rules import compiled_update, sliced_update
 from sophia import (
     Sophia,
     SophiaG,
     SophiaH,
-    _run_eager,
-    control_gamma,
-    draw_labels,
     empirical_fisher,
     gauss_newton_bartlett,
     hutchinson,
     sample_labels,
+    sampled_cross_entropy,
+    sampled_squared_error,
     sophia_update,
 )
 from tests.conftest import torchrun
+
+
+def micro_batches(loss, rows, size):
+    """loss(slice) as closures over consecutive slices of so many rows."""
+    return [partial(loss, slice(i, min(i + size, rows))) for i in range(0, rows, size)]
+
+
+def in_chunks(loss, rows, params, chunk_size=None, micro_batch_size=None, all_reduce=None,
+              estimator=gauss_newton_bartlett):
+    """The estimate of loss(slice) over rows, squared together or chunk by chunk."""
+    if chunk_size is None:
+        return estimator(micro_batches(loss, rows, micro_batch_size or rows), params,
+                         all_reduce=all_reduce)
+    chunks = [micro_batches(lambda r, first=first: loss(slice(r.start + first, r.stop + first)),
+                            min(chunk_size, rows - first), micro_batch_size or chunk_size)
+              for first in range(0, rows, chunk_size)]
+    return chunked_squares(chunks, params, all_reduce=all_reduce)
+
+
+def gnb(model, inputs, params, *, uniforms=None, mask=None, **settings):
+    """Gauss-Newton-Bartlett on inputs whose positions are rows, or (rows, T)."""
+    def loss(rows):
+        logits, u = model(inputs[rows]), None if uniforms is None else uniforms[rows]
+        if mask is not None:
+            logits, u = logits[mask[rows]], None if u is None else u[mask[rows]]
+        return sampled_cross_entropy(logits, uniforms=u)
+
+    return in_chunks(loss, len(inputs), params, **settings)
 
 
 def one_step(theta, grad, hessian, **settings):
@@ -188,8 +224,7 @@ def expectation(model, inputs, **kwargs):
         index = torch.tensor(labels).unsqueeze(1)
         weight = probabilities.gather(1, index).prod()
         uniforms = (middle.gather(1, index) / cdf[:, -1:]).squeeze(1)
-        hhat = gauss_newton_bartlett(model, inputs, list(model.parameters()), uniforms=uniforms,
-                                     **kwargs)
+        hhat = gnb(model, inputs, list(model.parameters()), uniforms=uniforms, **kwargs)
         total = [weight * h if total is None else t + weight * h
                  for h, t in zip(hhat, total or hhat, strict=True)]
     return total
@@ -235,7 +270,7 @@ def test_slope_against_the_exact_diagonal_of_a_gpt_is_one(kwargs):
     draws = 3000
     total = [torch.zeros_like(p) for p in params]
     for _ in range(draws):
-        torch._foreach_add_(total, gauss_newton_bartlett(model, idx, params, **kwargs))
+        torch._foreach_add_(total, gnb(model, idx, params, **kwargs))
     # One draw deviates by about sqrt(2) per coordinate; 3 % is more than three deviations.
     assert slope([t / draws for t in total], exact_diagonal(model, idx)) == \
         pytest.approx(1, abs=0.03)
@@ -246,7 +281,7 @@ def test_chunks_shrink_the_noise_of_the_estimate():
     params = list(model.parameters())
 
     def deviation(chunk_size):
-        draws = torch.stack([gauss_newton_bartlett(model, inputs, params, chunk_size=chunk_size)[-1]
+        draws = torch.stack([gnb(model, inputs, params, chunk_size=chunk_size)[-1]
                              for _ in range(400)])
         return (draws.std(0) / draws.mean(0)).mean().item()
 
@@ -259,7 +294,7 @@ def test_estimate_leaves_gradients_and_graph_alone():
     model(idx, idx).backward()
     before = [p.grad.clone() for p in model.parameters()]
     with torch.no_grad():  # the caller's grad mode does not matter
-        gauss_newton_bartlett(model, idx, list(model.parameters()))
+        gnb(model, idx, list(model.parameters()))
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
@@ -267,24 +302,29 @@ def test_parameters_that_share_a_gradient_tensor_are_squared_once_each():
     a, b = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
     unused = nn.Parameter(torch.zeros(2))
     inputs, u = torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0.1, 0.9])
-    both = gauss_newton_bartlett(lambda x: x + (a + b), inputs, [a, b, unused], uniforms=u)
-    alone = gauss_newton_bartlett(lambda x: x + a, inputs, [a], uniforms=u)
+    both = gnb(lambda x: x + (a + b), inputs, [a, b, unused], uniforms=u)
+    alone = gnb(lambda x: x + a, inputs, [a], uniforms=u)
     assert torch.equal(both[0], alone[0]) and torch.equal(both[1], alone[0])
     assert torch.equal(both[2], torch.zeros(2))
 
 
-def test_estimate_without_rows_is_refused():
-    model = Softmax()
-    with pytest.raises(ValueError, match="at least one row"):
-        gauss_newton_bartlett(model, torch.zeros(0, 2), list(model.parameters()))
+def test_estimate_without_losses_is_refused():
+    with pytest.raises(ValueError, match="at least one loss"):
+        gauss_newton_bartlett([], list(Softmax().parameters()))
 
 
 def test_labels_are_exact_draws_and_padding_is_never_drawn():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, 9.0]]).expand(40_000, 5)
     u = (torch.arange(40_000) + 0.5) / 40_000
-    counts = sample_labels(logits, u, num_classes=4).bincount(minlength=5) / 40_000
-    torch.testing.assert_close(counts[:4], logits[0, :4].softmax(-1), atol=1e-4, rtol=0)
-    assert counts[4] == 0
+    weights = logits.softmax(-1)
+    for labels in (sample_labels(logits[:, :4], u), draw_labels(weights, u, num_classes=4)):
+        counts = labels.bincount(minlength=5) / 40_000
+        torch.testing.assert_close(counts[:4], logits[0, :4].softmax(-1), atol=1e-4, rtol=0)
+        assert counts[4] == 0
+    padded = nn.Parameter(logits[:100].clone())
+    loss, n = sampled_cross_entropy(padded, num_classes=4)
+    loss.backward()
+    assert n == 100 and (padded.grad[:, 4] > 0).all()  # the label is another, always
 
 
 def test_labels_at_the_ends_of_the_unit_interval_are_possible_classes():
@@ -294,21 +334,33 @@ def test_labels_at_the_ends_of_the_unit_interval_are_possible_classes():
 
 @pytest.mark.parametrize("loss_chunk", [0, 5])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_model_with_its_own_loss_gives_the_same_estimates(loss_chunk, masked):
+def test_the_trainers_estimators_on_the_fused_loss_give_the_same_estimates(loss_chunk, masked):
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=6, vocab_size=300)).double()
     if loss_chunk:
         model.loss_fn = partial(chunked_cross_entropy, chunk=loss_chunk)
     params, idx = list(model.parameters()), torch.randint(300, (4, 6))
-    mask = torch.arange(24).view(4, 6) % 5 > 0 if masked else None
-    settings = dict(uniforms=torch.rand(4, 6), mask=mask, num_classes=290, chunk_size=2,
-                    micro_batch_size=1)
-    ours = gauss_newton_bartlett(model, idx, params, own_loss=True, **settings)
-    theirs = gauss_newton_bartlett(model, idx, params, **settings)
-    torch.testing.assert_close(ours, theirs)
-    targets = idx if mask is None else idx.masked_fill(~mask, -100)
-    torch.testing.assert_close(empirical_fisher(model, idx, targets, params, own_loss=True),
-                               empirical_fisher(model, idx, targets, params))
+    kept = torch.arange(24).view(4, 6) % 5 > 0 if masked else torch.ones(4, 6, dtype=torch.bool)
+    targets = idx.masked_fill(~kept, -100)
+    uniforms = torch.rand(4, 6, generator=torch.Generator().manual_seed(5))
+
+    def sampled(rows):
+        return sampled_cross_entropy(model(idx[rows])[kept[rows]], num_classes=290,
+                                     uniforms=uniforms[rows][kept[rows]])
+
+    def true(rows):
+        logits = model(idx[rows]).flatten(0, 1)
+        return (F.cross_entropy(logits, targets[rows].flatten(), reduction="sum"),
+                kept[rows].sum())
+
+    for chunks in (1, 2):
+        config = Config(n_head=1, n_embd=8, hessian_batch_size=4, total_batch_size=4, batch_size=1,
+                        hessian_chunks=chunks)
+        for make, loss in ((gnb_estimator, sampled), (empirical_fisher_estimator, true)):
+            fused = make(config, params, 290).estimate(model, idx, targets, 0, 5)
+            plain = in_chunks(loss, 4, params, chunk_size=None if chunks == 1 else 2,
+                              micro_batch_size=1)
+            torch.testing.assert_close(fused, plain)
 
 
 @pytest.mark.parametrize("shape", [(700, 300), (70_001,), (3, 50, 1000)])
@@ -320,7 +372,7 @@ def test_a_step_by_slices_in_the_cache_is_the_whole_one(shape, rows):
     whole, sliced = [p.clone(), m.clone()], [p.clone(), m.clone()]
     rest = (gamma, 0.1, 0.99, 0.9, 1e-12, None)
     sophia_update(whole[0], g, whole[1], h, *rest)
-    _run_eager(sliced[0], g, sliced[1], h, *rest)
+    sliced_update(sliced[0], g, sliced[1], h, *rest)
     torch.testing.assert_close(sliced, whole, rtol=1e-6, atol=1e-7)  # one rounding
 
 
@@ -424,14 +476,13 @@ def test_ranks_with_unequal_counts_give_the_exact_diagonal():
     u = torch.rand(4)
     params = list(model.parameters())
     for chunk_size in (None, 2):
-        whole = gauss_newton_bartlett(model, inputs, params, uniforms=u, mask=mask,
-                                      chunk_size=chunk_size)
+        whole = gnb(model, inputs, params, uniforms=u, mask=mask, chunk_size=chunk_size)
         parts: list = []
         for rows, reduce in ((slice(0, 2), lambda ts, parts=parts: parts.extend(
                                  t.clone() for t in ts)),
                              (slice(2, 4), lambda ts, parts=parts: torch._foreach_add_(ts, parts))):
-            both = gauss_newton_bartlett(model, inputs[rows], params, uniforms=u[rows],
-                                         mask=mask[rows], chunk_size=chunk_size, all_reduce=reduce)
+            both = gnb(model, inputs[rows], params, uniforms=u[rows], mask=mask[rows],
+                       chunk_size=chunk_size, all_reduce=reduce)
         for a, b in zip(whole, both, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
@@ -442,11 +493,16 @@ def test_true_labels_give_the_empirical_fisher_and_not_gauss_newton():
     params = list(model.parameters())
     kept = targets != -100
     grad = torch.autograd.grad(F.cross_entropy(model(inputs[kept]), targets[kept]), params)
+
+    def loss(rows):
+        return (F.cross_entropy(model(inputs[rows]), targets[rows], reduction="sum"),
+                kept[rows].sum())
+
     for micro in (None, 1):
-        found = empirical_fisher(model, inputs, targets, params, micro_batch_size=micro)
+        found = in_chunks(loss, 4, params, micro_batch_size=micro, estimator=empirical_fisher)
         for f, g in zip(found, grad, strict=True):
             torch.testing.assert_close(f, 3 * g * g, rtol=1e-12, atol=0)
-    apart = empirical_fisher(model, inputs, targets, params, chunk_size=1)
+    apart = in_chunks(loss, 4, params, chunk_size=1)
     assert not torch.allclose(apart[0], found[0])
     assert abs(slope(found, exact_diagonal(model, inputs, kept)) - 1) > 0.05
 
@@ -464,8 +520,8 @@ def test_gaussian_likelihood_gives_the_gauss_newton_diagonal_of_squared_error():
     draws = 4000
     total = [torch.zeros_like(p) for p in params]
     for _ in range(draws):
-        torch._foreach_add_(total, gauss_newton_bartlett(model, inputs, params, chunk_size=1,
-                                                         likelihood="gaussian"))
+        torch._foreach_add_(total, in_chunks(lambda rows: sampled_squared_error(
+            model(inputs[rows])), 5, params, chunk_size=1))
     assert slope([t / draws for t in total], exact) == pytest.approx(1, abs=0.03)
 
 
@@ -528,10 +584,10 @@ def test_hutchinson_refuses_a_forced_fused_kernel_in_words():
 
 
 def controlled(shape, **options):
-    """A Sophia after one step on random m and h with one row of vanishing curvature."""
+    """A ControlledSophia after one step on random m and h with one row of vanishing curvature."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(shape))
-    optimizer = Sophia([p], lr=1e-3, betas=(0.5, 0.5), **options)
+    optimizer = ControlledSophia([p], lr=1e-3, betas=(0.5, 0.5), **options)
     optimizer.update_hessian([torch.rand(shape) * torch.logspace(-6, 0, shape[0]).unsqueeze(1)])
     p.grad = torch.randn(shape)
     optimizer.step()
@@ -575,7 +631,7 @@ def test_gamma_is_smoothed_in_the_logarithm_and_kept_where_there_is_no_curvature
 def test_controlled_gamma_survives_a_state_dict_round_trip():
     p, optimizer = controlled((8, 4), gamma_target=0.5, gamma_rows=True)
     q = nn.Parameter(p.detach().clone())
-    twin = Sophia([q], lr=1e-3, betas=(0.5, 0.5), gamma_target=0.5, gamma_rows=True)
+    twin = ControlledSophia([q], lr=1e-3, betas=(0.5, 0.5), gamma_target=0.5, gamma_rows=True)
     twin.load_state_dict(optimizer.state_dict())
     for optimizer_, x in ((optimizer, p), (twin, q)):
         for _ in range(2):
@@ -619,8 +675,8 @@ def test_bias_correction_divides_h_by_its_missing_weight():
     new = []
     for beta2, corrected in ((0.0, False), (0.99, True)):
         p = nn.Parameter(torch.zeros(3))
-        optimizer = Sophia([p], lr=0.1, betas=(0.0, beta2), gamma=1.0, weight_decay=0.0,
-                           bias_correction=corrected)
+        optimizer = ControlledSophia([p], lr=0.1, betas=(0.0, beta2), gamma=1.0, weight_decay=0.0,
+                                     bias_correction=corrected)
         for _ in range(2):
             optimizer.update_hessian([torch.tensor([1.0, 2.0, 4.0])])
         p.grad = torch.ones(3)
@@ -667,7 +723,9 @@ def test_the_compiled_update_equals_the_eager_one(options):
     for compiled in (False, True):
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (7,), (3, 5), (1,))]
-        optimizer = Sophia(params, lr=1e-2, compiled=compiled, **options)
+        optimizer = (ControlledSophia if options else Sophia)(params, lr=1e-2, **options)
+        if compiled:
+            optimizer.rule = compiled_update
         for t in range(6):
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (t + 1)
@@ -681,7 +739,7 @@ def test_the_compiled_update_equals_the_eager_one(options):
 
 
 def test_on_fsdp2_shards_it_steps_as_on_whole_parameters():
-    cases = ["plain", "tensors", "rows"] + ["compiled"] * has_compiler()
+    cases = ["plain", "sliced", "tensors", "rows"] + ["compiled"] * has_compiler()
     result = torchrun(2, "-m", "tests.fsdp_worker", *cases)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -697,19 +755,23 @@ def test_an_image_classifier_and_a_regression_train_in_plain_torch():
     x = torch.randn(256, 4)
     y = torch.sin(x @ torch.randn(4, 2))
     regressor = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
-    for model, inputs, loss_of, likelihood, goal in (
-            (classifier, images, lambda out: F.cross_entropy(out, labels), "categorical", 0.2),
-            (regressor, x, lambda out: 0.5 * (out - y).square().sum(1).mean(), "gaussian", 0.1)):
-        optimizer = SophiaG(model.parameters(), lr=1e-2, betas=(0.9, 0.95), gamma_target=0.5)
+    for model, inputs, loss_of, sampled_loss, goal in (
+            (classifier, images, lambda out: F.cross_entropy(out, labels), sampled_cross_entropy,
+             0.2),
+            (regressor, x, lambda out: 0.5 * (out - y).square().sum(1).mean(),
+             sampled_squared_error, 0.1)):
+        optimizer = ControlledSophia(model.parameters(), lr=1e-2, betas=(0.9, 0.95),
+                                     gamma_target=0.5)
         for t in range(200):
             if t % 10 == 0:
-                optimizer.update_hessian(gauss_newton_bartlett(
-                    model, inputs, optimizer.parameters(), likelihood=likelihood, chunk_size=32))
+                optimizer.update_hessian(in_chunks(
+                    lambda rows: sampled_loss(model(inputs[rows])),  # noqa: B023 (called at once)
+                    len(inputs), optimizer.parameters(), chunk_size=32))
             loss = loss_of(model(inputs))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert loss < goal, likelihood
+        assert loss < goal, sampled_loss
 
 
 def test_ten_lines_train_a_classifier_that_is_no_language_model():
@@ -720,7 +782,8 @@ def test_ten_lines_train_a_classifier_that_is_no_language_model():
     optimizer = Sophia(model.parameters(), lr=1e-2, betas=(0.9, 0.99), gamma=1.0)
     for t in range(100):
         if t % 10 == 0:
-            optimizer.update_hessian(gauss_newton_bartlett(model, x, optimizer.parameters()))
+            losses = [lambda: sampled_cross_entropy(model(x))]
+            optimizer.update_hessian(gauss_newton_bartlett(losses, optimizer.parameters()))
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()

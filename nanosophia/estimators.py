@@ -1,0 +1,169 @@
+"""Curvature estimates of the trainer, on the rows and labels that are the same for any ranks.
+
+The estimators are those of sophia.py. Here they run on the model's own fused loss, micro-batch by
+micro-batch, with labels drawn by a faster two-level search.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanosophia.options import Config
+from sophia import AllReduce, Losses, hutchinson, summed_gradient
+
+# Computes what sophia.summed_gradient does for parameters that are split over ranks, summed over
+# ranks as well.
+ShardedGradient = Callable[[Losses, Sequence[Tensor]], tuple[list[Tensor], Tensor]] | None
+BLOCK = 128  # classes that the label draw sums before it looks at single ones
+
+
+class Estimator(NamedTuple):
+    """Estimates the curvature of an optimizer's parameters at their current values.
+
+    `estimate(forward, inputs, targets, first_row, seed)` returns one tensor per parameter.
+    `forward` is called as the model is (`model.GPT.forward`); `inputs` and `targets` (rows, T) are
+    this rank's rows, the first of which is row `first_row` of the step's batch; `seed` depends on
+    the step alone.
+    """
+
+    estimate: Callable[[Callable[..., Tensor], Tensor, Tensor, int, int], list[Tensor]]
+    second_derivatives: bool = False  # `forward` must not be compiled
+
+
+def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
+                  all_reduce: AllReduce = None,
+                  sharded_gradient: ShardedGradient = None) -> Estimator:
+    """Returns the Gauss-Newton-Bartlett estimator (Algorithm 2)."""
+    sample_labels_fn = partial(draw_labels, num_classes=num_classes)
+
+    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        uniforms = torch.rand(config.hessian_batch_size, targets.size(1), generator=generator)
+        uniforms = uniforms[first_row:first_row + len(inputs)].to(inputs.device)
+        uniforms = uniforms.masked_fill(targets == -100, -1)  # no label is drawn there
+
+        def sampled_loss(rows: slice) -> tuple[Tensor, Tensor]:
+            n = (uniforms[rows] >= 0).sum()
+            return forward(inputs[rows], uniforms[rows], sample_labels_fn=sample_labels_fn) * n, n
+
+        return _squares_of_rows(sampled_loss, len(inputs), config, params, all_reduce,
+                                sharded_gradient)
+
+    return Estimator(estimate)
+
+
+def empirical_fisher_estimator(config: Config, params: list[Tensor], num_classes: int,
+                               all_reduce: AllReduce = None,
+                               sharded_gradient: ShardedGradient = None) -> Estimator:
+    """Returns the estimator that squares the gradient on the true labels (E-F of Fig. 7)."""
+    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
+        def loss(rows: slice) -> tuple[Tensor, Tensor]:
+            n = (targets[rows] != -100).sum()
+            return forward(inputs[rows], targets[rows]) * n, n
+
+        return _squares_of_rows(loss, len(inputs), config, params, all_reduce, sharded_gradient)
+
+    return Estimator(estimate)
+
+
+def hutchinson_estimator(config: Config, params: list[Tensor], num_classes: int,
+                         all_reduce: AllReduce = None,
+                         sharded_gradient: ShardedGradient = None) -> Estimator:
+    """Returns Hutchinson's estimator (Algorithm 1) on the mean loss; all ranks share one probe."""
+    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
+        def summed_loss(rows: slice) -> Tensor:
+            logits = forward(inputs[rows]).flatten(0, 1)  # (n, V)
+            return F.cross_entropy(logits, targets[rows].flatten(), reduction="sum")
+
+        hhat = hutchinson([partial(summed_loss, rows) for rows in _slices(
+                              0, len(inputs), config.batch_size)], params,
+                          generator=torch.Generator(params[0].device).manual_seed(seed))
+        count = (targets != -100).sum()
+        if all_reduce is not None:
+            all_reduce([*hhat, count])
+        torch._foreach_div_(hhat, count.to(hhat[0].dtype).clamp_min(1))
+        return hhat
+
+    return Estimator(estimate, second_derivatives=True)
+
+
+def _squares_of_rows(loss: Callable[[slice], tuple[Tensor, Tensor]], rows: int, config: Config,
+                     params: list[Tensor], all_reduce: AllReduce,
+                     sharded_gradient: ShardedGradient) -> list[Tensor]:
+    """Splits rows into config's chunks and micro-batches; returns `chunked_squares` of them."""
+    size = rows if config.hessian_chunks == 1 else \
+        config.hessian_batch_size // config.hessian_chunks
+    chunks = [[partial(loss, part) for part in _slices(chunk.start, chunk.stop, config.batch_size)]
+              for chunk in _slices(0, rows, size)]
+    return chunked_squares(chunks, params, one_square=config.hessian_chunks == 1,
+                           all_reduce=all_reduce, sharded_gradient=sharded_gradient)
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def chunked_squares(chunks: Iterable[Losses], params: Sequence[Tensor], *, one_square: bool = False,
+                    all_reduce: AllReduce = None,
+                    sharded_gradient: ShardedGradient = None) -> list[Tensor]:
+    """Returns sum_c S_c * S_c / n for the gradient S_c of chunk c's summed losses, n all labels.
+
+    The expectation is `gauss_newton_bartlett`'s; with C chunks its relative deviation is sqrt(2/C)
+    instead of sqrt(2). With `one_square` the single chunks of all ranks are squared together, the
+    paper's way; otherwise each rank's chunks are squared on their own.
+    """
+    squares, count = None, 0
+    for losses in chunks:
+        S, n = (sharded_gradient or summed_gradient)(losses, params)
+        if all_reduce is not None and one_square and sharded_gradient is None:
+            all_reduce([*S, n])
+        torch._foreach_mul_(S, S)
+        count = count + n
+        if squares is None:
+            squares = S
+        else:
+            torch._foreach_add_(squares, S)
+    if all_reduce is not None and sharded_gradient is not None:
+        all_reduce([count])
+    elif all_reduce is not None and not one_square:
+        all_reduce([*squares, count])
+    torch._foreach_div_(squares, count.to(squares[0].dtype).clamp_min(1))
+    return squares
+
+
+@torch.no_grad()
+def draw_labels(weights: Tensor, uniforms: Tensor, num_classes: int | None = None) -> Tensor:
+    """Draws class ids (n,) with probabilities in the ratio of `weights` (n, V), at least 0.
+
+    By the inverse of the cumulative distribution at `uniforms` (n,) in [0, 1): first the block of
+    classes, then the class in it, which costs less than one long cumulative sum. Only the first
+    `num_classes` classes can be drawn. Negative uniforms draw nothing and give -100.
+    """
+    K = num_classes or weights.size(1)
+    blocks = K // BLOCK
+    sums = weights[:, :blocks * BLOCK].unflatten(1, (blocks, BLOCK)).sum(-1)  # (n, blocks)
+    if K % BLOCK:
+        sums = torch.cat([sums, weights[:, blocks * BLOCK:K].sum(1, keepdim=True)], dim=1)
+    cdf = sums.cumsum(1)
+    block, before = _first_above(cdf, uniforms.to(cdf.dtype).unsqueeze(1) * cdf[:, -1:])
+    classes = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # (n, BLOCK)
+    inside = weights.gather(1, classes.clamp_max(K - 1)).masked_fill_(classes >= K, 0).cumsum(1)
+    within, _ = _first_above(inside, uniforms.unsqueeze(1) * cdf[:, -1:] - before)
+    labels = (block * BLOCK + within).squeeze(1).clamp_max_(K - 1)  # where not finite
+    return torch.where(uniforms < 0, -100, labels)
+
+
+def _first_above(cdf: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns where each row (n, K) first exceeds the threshold, (n, 1), and the value before it.
+
+    Whatever the rounding the place is a possible one; of a row that is not finite it is up to K.
+    """
+    below_all = cdf[:, -1:] * (1 - torch.finfo(cdf.dtype).eps)
+    threshold = threshold.to(cdf.dtype).clamp_min(0).minimum(below_all)
+    index = torch.searchsorted(cdf, threshold, right=True)
+    before = torch.where(index > 0, cdf.gather(1, (index - 1).clamp_min(0)), 0)
+    return index, before

@@ -404,12 +404,12 @@ def _loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step:
                 if saves:
                     _save(run, data, saver, done, record.get("val/loss"))
             if stop and not last:
-                saver.settle()
+                saver.wait()
                 raise Stopped(
                     f"stopped by {signal.Signals(stop).name} after {done} steps, saved in "
                     f"{config.out_dir}; the same command with --init_from=auto resumes"
                     if run.ranks.is_main else "", stop)
-        saver.settle()
+        saver.wait()
 
 
 class _Clock:
@@ -489,11 +489,11 @@ def _find_checkpoint(config: Config, out_dir: Path) -> Checkpoint | None:
     """The checkpoint to continue, None to start anew."""
     found = None
     if config.init_from not in ("resume", "auto"):
-        if checkpoints.checkpoints(out_dir):
+        if checkpoints.checkpoint_folders(out_dir):
             raise ConfigError(f"{out_dir} already holds checkpoints; continue them with "
                               "--init_from=resume, or give another --out_dir", "out_dir")
     else:
-        found = checkpoints.newest(out_dir, own=not config.eval_only)
+        found = checkpoints.load_latest(out_dir, quarantine=not config.eval_only)
         if found is None and config.init_from == "resume":
             raise CheckpointError(f"{out_dir} holds no checkpoint to resume; check --out_dir, or "
                                   "start with --init_from=scratch")

@@ -1,4 +1,4 @@
-"""Checkpoints: atomic save in a thread, newest valid, load. No pickle.
+"""Checkpoints: saved atomically by a thread, verified when they are loaded. No pickle.
 
 A checkpoint is a folder `step_00001000` of safetensors files, state.json, and manifest.json (size
 and sha256 of each) written last. It is built under a temporary name, fsynced and renamed, so that a
@@ -60,18 +60,18 @@ class Checkpoint(NamedTuple):
     state: dict
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """The whole parameters by name, on the CPU."""
+        """Returns the whole parameters by name, on the CPU."""
         return self._tensors(MODEL, lambda name: not name[0].isdigit())
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's whole state as `flatten_state` names it, on the CPU."""
+        """Returns the optimizer's whole state as `flatten_state` names it, on the CPU."""
         return self._tensors(OPTIMIZER, lambda name: name[0].isdigit())
 
-    def _tensors(self, file: str, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    def _tensors(self, file: str, belongs: Callable[[str], bool]) -> dict[str, Tensor]:
         if (self.folder / file).exists():
             return load_file(self.folder / file)
         found = {name: torch.empty(m.size, dtype=m.properties.dtype)
-                 for name, m in _described(self.folder).items() if wanted(name)}
+                 for name, m in read_metadata(self.folder).items() if belongs(name)}
         _read_shards(self.folder, found, alone=True)
         return found
 
@@ -90,7 +90,7 @@ class Checkpoint(NamedTuple):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             state = {name: zeros_like_shards(params[int(name.partition(".")[0])], m.size,
                                              m.properties.dtype)
-                     for name, m in _described(self.folder).items() if name[0].isdigit()}
+                     for name, m in read_metadata(self.folder).items() if name[0].isdigit()}
             _read_shards(self.folder, tensors | state, alone=False)
             restore_state(optimizer, state)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -101,7 +101,7 @@ class Checkpoint(NamedTuple):
 class Saver:
     """Saves the checkpoints of one run; training goes on while a thread writes.
 
-    Every rank makes one and calls `save` and `settle` at the same steps.
+    Every rank makes one and calls `save` and `wait` at the same steps.
     """
 
     def __init__(self, out_dir: Path, ranks: Ranks, *, keep: int, keep_best: bool, sharded: bool):
@@ -109,23 +109,23 @@ class Saver:
         state["val_loss"] is lowest. `sharded`: each rank holds its part of the tensors."""
         self.out_dir, self.ranks, self.keep, self.keep_best = out_dir, ranks, keep, keep_best
         self.sharded = sharded and ranks.world_size > 1
-        self.group = second_group() if self.sharded else None  # the thread's own conversation
+        self.group = second_group() if self.sharded else None  # of the writer threads
         self.seconds_blocked = self.seconds_written = 0.0  # of the last save
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._buffers: dict[str, Tensor] = {}  # in host memory, from one save to the next
-        self._failures, self._said_slow = 0, False
+        self._failures, self._warned_slow = 0, False
         if ranks.is_main:
             for left in out_dir.glob(f"step_*{_TEMPORARY}"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
 
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
-        """Copies the state to host memory, starts to write the checkpoint of state["step"].
+        """Copies the state to host memory and starts to write the checkpoint of state["step"].
 
-        Waits for the save before. A failed one is said on stderr; raises CheckpointError, on every
-        rank, at the third in a row or when there is no older checkpoint.
+        Waits for the save before. If that failed, the failure is reported; at the third in a row,
+        or when there is no older checkpoint, CheckpointError is raised on every rank.
         """
-        self.settle()
+        self.wait()
         began = time.perf_counter()
         if self.sharded or self.ranks.is_main:
             model, optimizer = (host_copy(x, self._buffers) for x in (model, optimizer))
@@ -133,8 +133,8 @@ class Saver:
             if self.sharded or self.ranks.is_main else Future()
         self.seconds_blocked = time.perf_counter() - began
 
-    def settle(self) -> None:
-        """Waits for the save under way; raises as `save` does."""
+    def wait(self) -> None:
+        """Waits for the save in progress; raises as `save` does."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -143,14 +143,14 @@ class Saver:
             try:
                 return pending.result(), "", True
             except CheckpointError as error:
-                return 0.0, str(error), bool(checkpoints(self.out_dir))
+                return 0.0, str(error), bool(checkpoint_folders(self.out_dir))
 
         self.seconds_written, error, older = on_main(self.ranks, outcome)
         if not error:
             self._failures = 0
-            if (self.seconds_written > SLOW_SAVE and not self._said_slow and self.ranks.is_main
+            if (self.seconds_written > SLOW_SAVE and not self._warned_slow and self.ranks.is_main
                     and "TORCHELASTIC_RUN_ID" in os.environ):
-                self._said_slow = True
+                self._warned_slow = True
                 print(f"warning: a save took {self.seconds_written:.0f} s; torchrun kills its "
                       "ranks 30 s after a signal, so a longer --shutdown-timeout is safer",
                       file=sys.stderr, flush=True)
@@ -183,7 +183,7 @@ def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], 
     """Writes the checkpoint of step `state["step"]`, then removes all but the `keep` newest.
 
     `keep_best` spares the one with the lowest state["val_loss"] and names it in the file `best`.
-    With `ranks`, all of them call this with their shards and talk in `group`. Raises
+    With `ranks`, all of them call this with their shards and communicate in `group`. Raises
     CheckpointError when the disk refuses; older checkpoints are untouched then.
     """
     folder = out_dir / f"step_{state['step']:08d}"
@@ -236,9 +236,9 @@ def _write_tensors(partial: Path, model: dict, optimizer: dict, group) -> None:
 
 
 def _publish(partial: Path, folder: Path, state: dict) -> None:
-    """Manifest, fsync, rename: from here on the checkpoint is there."""
+    """Writes the manifest, syncs, and renames the folder: from here on the checkpoint exists."""
     (partial / STATE).write_text(json.dumps(state, indent=1))
-    manifest = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+    manifest = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*partial.iterdir(), partial):
         fsync(path)
@@ -249,8 +249,8 @@ def _publish(partial: Path, folder: Path, state: dict) -> None:
 
 
 def _purge(out_dir: Path, keep: int, keep_best: bool) -> None:
-    """Removes old checkpoints; what cannot be removed stays (the save itself has succeeded)."""
-    folders = checkpoints(out_dir)
+    """Removes old checkpoints; what cannot be removed stays, since the save has succeeded."""
+    folders = checkpoint_folders(out_dir)
     losses = {folder: loss for folder in folders if (loss := _val_loss(folder)) is not None} \
         if keep_best else {}
     best = min(losses, key=losses.get, default=None)
@@ -268,20 +268,20 @@ def _val_loss(folder: Path) -> float | None:
         return None
 
 
-def checkpoints(out_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first, not yet verified."""
+def checkpoint_folders(out_dir: Path) -> list[Path]:
+    """Returns the checkpoint folders of a run, newest first, not yet verified."""
     found = [p for p in out_dir.glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]), reverse=True)
 
 
-def newest(out_dir: Path, *, own: bool = False) -> Checkpoint | None:
-    """The newest checkpoint that verifies, or None where there is no checkpoint at all.
+def load_latest(out_dir: Path, *, quarantine: bool = False) -> Checkpoint | None:
+    """Returns the newest checkpoint that verifies, None where there is no checkpoint at all.
 
-    One that does not verify is passed over, with the reason on stderr, and the one before is taken;
-    with `own`, for who holds the run's lock, it is renamed to `.corrupt`. Raises CheckpointError
-    when none of several is left.
+    One that does not verify is passed over with a warning, and the one before is taken; with
+    `quarantine`, for the process that holds the run's lock, it is renamed to `.corrupt`. Raises
+    CheckpointError when none of several is left.
     """
-    folders = checkpoints(out_dir)
+    folders = checkpoint_folders(out_dir)
     damaged = list(out_dir.glob("step_*.corrupt*"))
     for folder in folders:
         try:
@@ -289,8 +289,8 @@ def newest(out_dir: Path, *, own: bool = False) -> Checkpoint | None:
         except CheckpointError as error:
             if not folder.exists():
                 continue  # its trainer has removed it in the meantime
-            said = f"renamed to {_set_aside(folder, '.corrupt').name}, " if own else ""
-            print(f"warning: {error}; {said}trying the one before", file=sys.stderr, flush=True)
+            renamed = f"renamed to {_set_aside(folder, '.corrupt').name}, " if quarantine else ""
+            print(f"warning: {error}; {renamed}trying the one before", file=sys.stderr, flush=True)
     if folders or damaged:
         raise CheckpointError(f"no checkpoint in {out_dir} is intact (see *.corrupt there); start "
                               "again with another --out_dir")
@@ -304,8 +304,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         stray = {p.name for p in folder.glob("*.safetensors")} - manifest.keys()
         if stray or STATE not in manifest:
             raise CheckpointError(f"{folder / MANIFEST} does not name {', '.join(stray) or STATE}")
-        for name, described in manifest.items():
-            if _describe(folder / name) != described:
+        for name, digest in manifest.items():
+            if file_digest(folder / name) != digest:
                 raise CheckpointError(f"{folder / name} does not match its checksum")
         return Checkpoint(folder, json.loads((folder / STATE).read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -315,14 +315,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State tensors as `<parameter number>.<name>`, without hyperparameters."""
+    """Returns state tensors as `<parameter number>.<name>`, without hyperparameters."""
     return {f"{number}.{name}": torch.as_tensor(value)
             for number, values in optimizer.state_dict()["state"].items()
             for name, value in values.items()}
 
 
 def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `flatten_state`; the optimizer keeps the hyperparameters it was built with."""
+    """Loads what `flatten_state` returned; the optimizer keeps its own hyperparameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, _, name = key.partition(".")
@@ -331,14 +331,14 @@ def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) 
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
-def _described(folder: Path) -> dict:
-    """Shape and precision of each tensor in a checkpoint, by name."""
+def read_metadata(folder: Path) -> dict:
+    """Returns the shape and precision of each tensor in a checkpoint, by name."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
     return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
 def _read_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
-    """Fills tensors, whole or sharded, in place; `alone`: without the other ranks."""
+    """Reads tensors, whole or sharded, in place; `alone`: without the other ranks."""
     import torch.distributed.checkpoint as dcp
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -350,9 +350,9 @@ def _read_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> No
 
 
 class RunLock:
-    """One trainer at a time for a run's folder; a context that lets the next one in at its end.
+    """Lets one process at a time train in a run's folder; a context, released on exit.
 
-    The system gives the lock up with the process that holds it, however that ends.
+    The operating system releases the lock with the process that holds it, however that ends.
     """
 
     def __init__(self, out_dir: Path):
@@ -366,9 +366,9 @@ class RunLock:
             self._file.close()
 
     def take(self) -> None:
-        """Makes the folder, and the lock this process's, if they are not yet.
+        """Makes the folder and takes the lock, unless this process holds it already.
 
-        Raises CheckpointError when another process holds it, or the folder is unwritable.
+        Raises CheckpointError when another process holds it, or the folder is not writable.
         """
         if self._file is not None:
             return
@@ -392,7 +392,8 @@ class RunLock:
         self._file = file
 
 
-def _describe(path: Path) -> dict:
+def file_digest(path: Path) -> dict:
+    """Returns the size and sha256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return dict(size=path.stat().st_size, sha256=digest)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import GPTConfig
-from nanosophia.checkpoint import CheckpointError, checkpoints, save
+from nanosophia.checkpoint import CheckpointError, checkpoint_folders, save
 from nanosophia.configurator import ConfigError, Settings, command, knob, load
 from nanosophia.files import write_text
 from nanosophia.options import Config
@@ -220,7 +220,7 @@ def import_weights(settings: HuggingFaceSettings) -> None:
     if out_dir.resolve() == Path(settings.import_from).resolve():
         raise ConfigError(f"--import_from and --out_dir are both {out_dir}; give another --out_dir",
                           "out_dir")
-    if checkpoints(out_dir):
+    if checkpoint_folders(out_dir):
         raise ConfigError(f"{out_dir} already holds checkpoints; give another --out_dir", "out_dir")
     weights = foreign_weights(settings.import_from)
     model = weights.build()

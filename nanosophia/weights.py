@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nanosophia.checkpoint import Checkpoint, CheckpointError, checkpoints, newest, open_checkpoint
+from nanosophia.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    checkpoint_folders,
+    load_latest,
+    open_checkpoint,
+)
 from nanosophia.options import Config
 from nanosophia.tokenizer import GPT2_CLASSES
 
@@ -51,7 +57,7 @@ def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
             raise CheckpointError(f"{out_dir} names no best checkpoint ({error.strerror}); leave "
                                   "--checkpoint=newest") from error
     else:
-        found = newest(out_dir)
+        found = load_latest(out_dir)
     if found is None:
         return None
     return Weights(found.model_tensors(), saved_model_config(found), found.state["tokenizer"],
@@ -89,7 +95,7 @@ def foreign_weights(source: str) -> Weights:
     path = Path(source)
     if path.suffix == ".pt":
         return _nanogpt_weights(path)
-    if checkpoints(path):
+    if checkpoint_folders(path):
         return run_weights(path)
     if not path.is_dir():
         path = _download(source)

@@ -10,7 +10,7 @@ import torch
 import train
 from model import GPT, GPTConfig
 from nanosophia import checkpoint
-from nanosophia.checkpoint import CheckpointError, checkpoints, newest, save
+from nanosophia.checkpoint import CheckpointError, checkpoint_folders, load_latest, save
 from nanosophia.weights import foreign_weights
 
 
@@ -21,7 +21,7 @@ def write(out_dir, step, keep=2):
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     write(tmp_path, 7)
-    found = newest(tmp_path)
+    found = load_latest(tmp_path)
     assert found.state == {"step": 7}
     assert torch.equal(found.model_tensors()["w"], torch.full((4, 4), 7.0))
     assert torch.equal(found.optimizer_tensors()["0.m"], torch.arange(3.0))
@@ -30,9 +30,9 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
 def test_the_newest_are_kept_and_latest_names_the_last(tmp_path):
     for step in (1, 2, 10):
         write(tmp_path, step)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step_00000010", "step_00000002"]
+    assert [p.name for p in checkpoint_folders(tmp_path)] == ["step_00000010", "step_00000002"]
     assert (tmp_path / "latest").read_text() == "step_00000010\n"
-    assert newest(tmp_path / "nothing") is None
+    assert load_latest(tmp_path / "nothing") is None
 
 
 @pytest.mark.trial(6)
@@ -50,9 +50,9 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, capsys, n
         path.write_bytes(content[:-1])
     else:
         path.unlink()
-    assert newest(tmp_path).state["step"] == 1 and path.parent.exists()  # a reader only looks
+    assert load_latest(tmp_path).state["step"] == 1 and path.parent.exists()  # a reader only looks
     assert "trying the one before" in capsys.readouterr().err
-    assert newest(tmp_path, own=True).state["step"] == 1
+    assert load_latest(tmp_path, quarantine=True).state["step"] == 1
     warning = capsys.readouterr().err
     assert "step_00000002" in warning and "renamed to step_00000002.corrupt" in warning
     assert (tmp_path / "step_00000002.corrupt").is_dir()
@@ -62,7 +62,7 @@ def test_when_none_is_intact_nothing_is_loaded(tmp_path):
     (write(tmp_path, 1) / checkpoint.MODEL).unlink()
     for _ in range(2):  # a restart loop must not begin anew either
         with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
-            newest(tmp_path, own=True)
+            load_latest(tmp_path, quarantine=True)
 
 
 @pytest.mark.trial(4)
@@ -82,7 +82,7 @@ def test_a_save_cut_off_at_any_write_leaves_the_old_or_the_new(tmp_path, monkeyp
         return call
 
     for module, name in ((checkpoint, "save_file"), (os, "fsync"), (os, "rename"),
-                         (os, "replace"), (shutil, "rmtree"), (checkpoint, "_describe")):
+                         (os, "replace"), (shutil, "rmtree"), (checkpoint, "file_digest")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     points = 0
     while True:
@@ -97,11 +97,11 @@ def test_a_save_cut_off_at_any_write_leaves_the_old_or_the_new(tmp_path, monkeyp
         except Killed:
             points += 1
         calls.update(stop=None)
-        step = newest(out_dir).state["step"]
+        step = load_latest(out_dir).state["step"]
         assert step in (2, 3)
         assert not list(out_dir.glob("*.corrupt"))
         write(out_dir, 4)  # and the next save works
-        assert newest(out_dir).state["step"] == 4
+        assert load_latest(out_dir).state["step"] == 4
     assert points > 10
     trials(points)
 
@@ -216,7 +216,7 @@ def test_a_run_starts_from_foreign_weights(tmp_path, tiny, refused):
     flags = [f for f in tiny("--learning_rate=1e-12", "--weight_decay=0", "--max_iters=1")
              if not f.startswith(("--n_", "--block_size"))]
     train.main([*flags, f"--init_from={tmp_path / 'ckpt.pt'}", "--block_size=8"])
-    found = newest(tmp_path / "run")
+    found = load_latest(tmp_path / "run")
     assert found.state["config"]["activation"] == "gelu" and found.state["config"]["bias"]
     tensors = found.model_tensors()
     assert tensors["transformer.wpe.weight"].shape == (8, 16)

@@ -24,8 +24,8 @@ from nanosophia.checkpoint import (
     CheckpointError,
     RunLock,
     Saver,
-    checkpoints,
-    newest,
+    checkpoint_folders,
+    load_latest,
     open_checkpoint,
 )
 from nanosophia.corpus import write_corpus
@@ -43,7 +43,7 @@ def losses(folder: Path) -> dict[int, tuple]:
 
 
 def same_state(a: Path, b: Path) -> bool:
-    first, second = newest(a), newest(b)
+    first, second = load_latest(a), load_latest(b)
     pairs = zip((first.model_tensors(), first.optimizer_tensors()),
                 (second.model_tensors(), second.optimizer_tensors()), strict=True)
     return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
@@ -92,14 +92,14 @@ def test_the_number_of_ranks_may_change_on_resume(tiny, tmp_path, parallel):
     result = torchrun(2, "-m", "tests.faults.child", "--fault=stop:0:7:1",
                       *tiny(*resumed, out_dir=parts))
     assert "stopped by SIGUSR1 after" in result.stderr, result.stderr
-    assert newest(parts).state["world_size"] == 2
-    assert bool(list(newest(parts).folder.glob("shard-*"))) == (parallel == "fsdp")
+    assert load_latest(parts).state["world_size"] == 2
+    assert bool(list(load_latest(parts).folder.glob("shard-*"))) == (parallel == "fsdp")
     run_train(*tiny(*resumed, out_dir=parts))
     found = losses(parts)
     for step, pair in losses(one).items():
         for x, y in zip(pair, found[step], strict=True):
             assert x is y is None or x == pytest.approx(y, rel=1e-6), step
-    a, b = newest(one), newest(parts)
+    a, b = load_latest(one), load_latest(parts)
     for x, y in ((a.model_tensors(), b.model_tensors()),
                  (a.optimizer_tensors(), b.optimizer_tensors())):
         assert x.keys() == y.keys()
@@ -164,7 +164,7 @@ def killed_until_done(flags, tmp_path, kills: int, trials, seed: int, start) -> 
             process.kill()
             process.join()
             done += 1
-            for folder in checkpoints(parts)[:1]:
+            for folder in checkpoint_folders(parts)[:1]:
                 open_checkpoint(folder)  # raises when the newest is damaged
         assert not list(parts.glob("*.corrupt*"))
         differing += losses(parts) != losses(whole) or not same_state(parts, whole)
@@ -280,7 +280,7 @@ def test_a_signal_saves_ends_and_the_run_goes_on_identically(flags, tmp_path, tr
         assert time.monotonic() - began < 30
         assert f"stopped by {number.name} after" in log.read_text()
         assert "--init_from=auto" in log.read_text() and "Traceback" not in log.read_text()
-        assert newest(parts).state["step"] == len(losses_so_far(parts))
+        assert load_latest(parts).state["step"] == len(losses_so_far(parts))
         process = child.start(argv, log)
         process.join(60)
         assert losses(parts) == losses(tmp_path / "whole")
@@ -301,7 +301,7 @@ def test_a_signal_to_a_rank_or_to_torchrun_stops_all_at_one_step(flags, tmp_path
     process.join(30)
     assert process.exitcode not in (None, 0)
     assert f"stopped by {number.name} after" in log.read_text(), log.read_text()
-    assert newest(parts).state["step"] == len(losses_so_far(parts))
+    assert load_latest(parts).state["step"] == len(losses_so_far(parts))
 
 
 @pytest.mark.trial(5)
@@ -329,7 +329,7 @@ def two_checkpoints(tiny, tmp_path):
 @pytest.mark.trial(6)
 def test_no_flipped_bit_loads(two_checkpoints, tmp_path, trials, capsys):
     randomly, silent = random.Random(6), 0
-    good = checkpoints(two_checkpoints)[0]
+    good = checkpoint_folders(two_checkpoints)[0]
     files = sorted(good.iterdir())
     for _ in range(200):
         file = randomly.choice(files)
@@ -353,12 +353,12 @@ def test_no_flipped_bit_loads(two_checkpoints, tmp_path, trials, capsys):
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE,
                                   checkpoint.MANIFEST, "stray"])
 def test_files_swapped_between_checkpoints_are_refused(two_checkpoints, name, capsys):
-    last, before = checkpoints(two_checkpoints)[:2]
+    last, before = checkpoint_folders(two_checkpoints)[:2]
     if name == "stray":
         shutil.copy(before / checkpoint.MODEL, last / "more.safetensors")
     else:
         shutil.copy(before / name, last / name)
-    assert newest(two_checkpoints, own=True).folder == before
+    assert load_latest(two_checkpoints, quarantine=True).folder == before
     assert "renamed to step_00000006.corrupt" in capsys.readouterr().err
 
 
@@ -385,7 +385,7 @@ def test_training_goes_on_when_a_save_fails_and_an_older_one_is_there(tiny, tmp_
     run_train(*tiny("--max_iters=8", "--checkpoint_interval=2"))
     err = capsys.readouterr().err
     assert err.count("No space left on device") == err.count("training goes on") == 2
-    assert newest(tmp_path / "run").state["step"] == 8
+    assert load_latest(tmp_path / "run").state["step"] == 8
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
@@ -397,7 +397,7 @@ def test_training_stops_when_no_save_is_left_to_fall_back_on(tiny, tmp_path, mon
     line = refused(train.main, tiny("--max_iters=30", "--checkpoint_interval=2"))
     assert "No space left on device" in line
     assert ("none before it" if step is None else "3 times in a row") in line
-    found = newest(tmp_path / "run")
+    found = load_latest(tmp_path / "run")
     assert (found and found.state["step"]) == step
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 12
 
@@ -413,7 +413,7 @@ def test_a_real_limit_on_file_size_is_said_and_the_old_checkpoint_stays(tiny, tm
         capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stderr
     assert "could not be written" in result.stderr and "Traceback" not in result.stderr
-    assert newest(tmp_path / "run").state["step"] == 3
+    assert load_latest(tmp_path / "run").state["step"] == 3
 
 
 @pytest.mark.trial(7)
@@ -440,8 +440,8 @@ def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
     saver.save({"w": w}, {"0.m": w}, dict(step=1))
     assert time.monotonic() - began < 1
     w.zero_()  # what training does meanwhile is not saved
-    saver.settle()
-    assert newest(tmp_path).model_tensors()["w"].tolist() == [1.0] * 4
+    saver.wait()
+    assert load_latest(tmp_path).model_tensors()["w"].tolist() == [1.0] * 4
     assert saver.seconds_written > 2
     saver.close()
 
@@ -462,9 +462,9 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     saver = Saver(tmp_path, ONE, keep=2, keep_best=True, sharded=False)
     for step, loss in enumerate((3.0, 1.0, None, 2.0, 2.5, 4.0), 1):
         saver.save({"w": torch.ones(1)}, {"0.m": torch.ones(1)}, dict(step=step, val_loss=loss))
-    saver.settle()
+    saver.wait()
     saver.close()
-    assert [p.name[-1] for p in checkpoints(tmp_path)] == ["6", "5", "2"]
+    assert [p.name[-1] for p in checkpoint_folders(tmp_path)] == ["6", "5", "2"]
     assert (tmp_path / "best").read_text() == "step_00000002\n"
 
 
@@ -494,7 +494,7 @@ def test_what_is_not_finite_ends_the_run_or_is_left_out(tiny, tmp_path, monkeypa
     assert ended.value.code == 1
     words = dict(loss="loss", gradient="gradient norm", hhat="curvature estimate")[kind]
     assert f"step 4: the {words} is not finite" in capsys.readouterr().err
-    assert newest(tmp_path / "stop").state["step"] == 4
+    assert load_latest(tmp_path / "stop").state["step"] == 4
     run_train(*tiny(*common, "--on_nonfinite=skip", out_dir=tmp_path / "skip"))
     before, after = tensors_at(tmp_path / "skip", 4), tensors_at(tmp_path / "skip", 5)
     still = [k for k in before if torch.equal(before[k], after[k])]
@@ -534,7 +534,7 @@ def test_all_ranks_agree_on_what_one_of_them_saw(tiny, tmp_path, kind, words):
     assert result.returncode != 0
     assert f"error: step 4: the {words}" in result.stderr
     assert f"rank 1: step 4: the {words}" in result.stderr
-    assert newest(tmp_path / "stop").state["step"] == 4
+    assert load_latest(tmp_path / "stop").state["step"] == 4
     result = torchrun(2, "-m", "tests.faults.child", f"--fault={kind}:nan:4:1",
                       *tiny(*common, "--on_nonfinite=skip", out_dir=tmp_path / "skip"))
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,7 @@ import sample
 import train
 from model import GPT
 from nanosophia import checkpoint, huggingface
-from nanosophia.checkpoint import newest
+from nanosophia.checkpoint import load_latest
 from nanosophia.generate import generate
 from nanosophia.tokenizer import EOT, get_tokenizer
 from nanosophia.weights import foreign_weights, run_weights
@@ -123,7 +123,7 @@ def test_fine_tuning_starts_from_a_transformers_folder(gpt2_folder, tmp_path, ti
     run_train(*flags, f"--init_from={folder}", "--block_size=16")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train/loss"] < lines[0]["train/loss"] - 0.2
-    assert newest(tmp_path / "run").state["config"]["bias"]
+    assert load_latest(tmp_path / "run").state["config"]["bias"]
 
 
 @pytest.mark.parametrize("spoil, words", [

@@ -13,7 +13,7 @@ import torch
 import sample
 import train
 from model import GPT, GPTConfig
-from nanosophia.checkpoint import newest
+from nanosophia.checkpoint import load_latest
 from nanosophia.configurator import ConfigError, load
 from nanosophia.dataloader import open_dataset
 from nanosophia.distributed import Ranks
@@ -31,7 +31,7 @@ def records(out_dir):
 
 def tensors(folder):
     """Parameters and optimizer state of the newest checkpoint."""
-    found = newest(folder)
+    found = load_latest(folder)
     return found.model_tensors() | found.optimizer_tensors()
 
 
@@ -92,16 +92,16 @@ def test_stop_and_resume_continue_bit_identically(tiny, tmp_path, optimizer, ext
             run_train(*tiny(*flags, out_dir=parts))
     finally:
         train.train_step = original
-    assert newest(parts).state["step"] == 13
+    assert load_latest(parts).state["step"] == 13
     run_train(*tiny(*flags, "--init_from=resume", out_dir=parts))
     assert_same_run(whole, parts)
 
 
 def test_auto_starts_then_continues_and_a_finished_run_says_so(tiny, tmp_path, capsys):
     run_train(*tiny("--init_from=auto", "--max_iters=3"))
-    assert newest(tmp_path / "run").state["step"] == 3
+    assert load_latest(tmp_path / "run").state["step"] == 3
     run_train(*tiny("--init_from=auto", "--max_iters=5"))
-    assert newest(tmp_path / "run").state["step"] == 5
+    assert load_latest(tmp_path / "run").state["step"] == 5
     capsys.readouterr()
     run_train(*tiny("--init_from=auto", "--max_iters=5"))
     assert "nothing to train; raise --max_iters" in capsys.readouterr().out
@@ -252,11 +252,11 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tiny, refused, tm
 def test_settings_left_out_come_from_the_checkpoint_and_changed_ones_are_said(
         tiny, data_dir, tmp_path, capsys):
     run_train(*tiny("--bias=True"))
-    before = newest(tmp_path / "run").state["config"]
+    before = load_latest(tmp_path / "run").state["config"]
     capsys.readouterr()
     run_train("--init_from=resume", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
               "--max_iters=7", "--gamma=2")
-    after = newest(tmp_path / "run").state["config"]
+    after = load_latest(tmp_path / "run").state["config"]
     assert before | dict(init_from="resume", max_iters=7, gamma=2.0) == after
     out = capsys.readouterr().out
     assert "note: gamma was 1.0 until step 6 and is 2.0 from now on" in out
@@ -323,7 +323,7 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tiny, tmp_path, caps
         run_train(*tiny(f"--log_interval={log_interval}", "--max_iters=20", "--eval_interval=50"))
     assert stopped.value.code == 1
     assert "loss is not finite" in capsys.readouterr().err
-    assert newest(tmp_path / "run").state["step"] == 3
+    assert load_latest(tmp_path / "run").state["step"] == 3
 
 
 def test_ranks_fail_together_where_rank_0_alone_writes(tiny, tmp_path):
@@ -409,7 +409,7 @@ def test_eval_only_is_the_same_for_any_batch_and_ranks(tiny, tmp_path, data_dir,
     lines.append(next(x for x in result.stdout.splitlines() if x.startswith("step 4: loss")))
     assert len({re.sub(r"(\.\d{4})\d", r"\1", line) for line in lines}) == 1, lines
     # By hand: every token but the first, in windows of 16 and a last one that reaches back.
-    found = newest(tmp_path / "run")
+    found = load_latest(tmp_path / "run")
     model = GPT(GPTConfig(**found.state["model"])).double()
     model.load_state_dict(found.model_tensors())
     tokens = torch.from_numpy(open_dataset(str(data_dir), 16).val.astype("int64"))
@@ -452,7 +452,7 @@ def test_auto_before_the_first_checkpoint_begins_from_the_same_weights(tmp_path,
              if not f.startswith(("--n_", "--block_size"))]
     run_train(*flags, f"--init_from={tmp_path / 'ckpt.pt'}", "--block_size=16")
     first = tensors(tmp_path / "run")["transformer.wte.weight"]
-    shutil.rmtree(newest(tmp_path / "run").folder)  # as if killed before it was there
+    shutil.rmtree(load_latest(tmp_path / "run").folder)  # as if killed before it was there
     run_train(*flags, "--init_from=auto", "--block_size=16")
     assert "beginning again from" in capsys.readouterr().out
     assert torch.equal(first, tensors(tmp_path / "run")["transformer.wte.weight"])
@@ -463,8 +463,8 @@ def test_a_resumed_run_may_take_micro_batches_that_divide_its_own_batch(tiny, tm
                     "--hessian_batch_size=2"))
     train.main([f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--batch_size=7",
                 "--max_iters=3", "--device=cpu",
-                f"--dataset={newest(tmp_path / 'run').state['config']['dataset']}"])
-    assert newest(tmp_path / "run").state["step"] == 3
+                f"--dataset={load_latest(tmp_path / 'run').state['config']['dataset']}"])
+    assert load_latest(tmp_path / "run").state["step"] == 3
 
 
 def test_what_was_refused_is_still_counted_after_a_resume(tiny, tmp_path, monkeypatch):
@@ -474,10 +474,10 @@ def test_what_was_refused_is_still_counted_after_a_resume(tiny, tmp_path, monkey
     flags = ("--on_nonfinite=skip", "--optimizer=adamw", "--checkpoint_interval=2",
              "--max_skipped=5")
     run_train(*tiny(*flags, "--max_iters=2"))
-    assert newest(tmp_path / "run").state["guard"] == dict(in_a_row=[2, 0], refused=2)
+    assert load_latest(tmp_path / "run").state["guard"] == dict(in_a_row=[2, 0], refused=2)
     with pytest.raises(SystemExit):
         run_train(*tiny(*flags, "--max_iters=20", "--init_from=resume"))
-    assert newest(tmp_path / "run").state["step"] == 4  # the sixth in a row was step 5
+    assert load_latest(tmp_path / "run").state["step"] == 4  # the sixth in a row was step 5
 
 
 def test_a_run_starts_from_another_runs_weights(tiny, tmp_path):

@@ -41,6 +41,7 @@ from nanosophia.files import write_text
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import OPTIMIZERS, check, parameter_groups, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
+from nanosophia.resume import resolve_fresh
 from nanosophia.tokenizer import GPT2_CLASSES
 from nanosophia.update_rules import compiled_update, sliced_update
 from sophia import Sophia
@@ -108,7 +109,7 @@ def bench_training(settings: BenchSettings, sources: dict[str, str]) -> dict:
     for name, config in contenders.items():
         data = open_dataset(config.dataset, config.block_size) if settings.real_data else \
             _random_data(config)
-        config = train.settled(config, ranks, data)
+        config = resolve_fresh(config, ranks, data)
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(ranks.device)
         runs[name] = run = train.build_run(config, ranks, data)

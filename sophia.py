@@ -147,7 +147,8 @@ class Sophia(torch.optim.Optimizer):
         """Returns `found_inf` where updates can mask by it on the device, else None or True."""
         if self.found_inf is None:
             return None
-        if self.found_inf.is_cuda and type(self)._update is Sophia._update:
+        on_device = self.found_inf.is_cuda or getattr(self.rule, "masks", False)
+        if on_device and type(self)._update is Sophia._update:
             return self.found_inf
         return bool(self.found_inf) or None  # host sync
 
@@ -157,8 +158,7 @@ class Sophia(torch.optim.Optimizer):
                   group["eps"], skip)
 
     def _gamma(self, state: dict, group: dict) -> float | Tensor:
-        """Returns what multiplies h: a number, or a tensor that broadcasts."""
-        return group["gamma"]
+        return group["gamma"]  # what multiplies h: a number, or a tensor that broadcasts
 
     def _curvature(self, hhat: Tensor) -> Tensor:
         """Returns what h averages."""

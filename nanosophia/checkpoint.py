@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -23,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError
@@ -45,6 +47,7 @@ MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 FAILURES_ALLOWED = 2  # in a row, while an older checkpoint is there
 SLOW_SAVE = 20.0  # seconds, beyond which a signal under torchrun may come too late
+FORMAT = 1  # of state.json
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".partial"
 
@@ -312,6 +315,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {folder} is damaged: {error!r}") from error
+
+
+def run_state(*, step: int, config: dict, model: dict, tokenizer: str, num_classes: int,
+              val_loss: float | None = None, counters: dict | None = None,
+              guard: dict | None = None, data: dict | None = None, world_size: int = 1) -> dict:
+    """Returns what state.json holds: all that a run needs beside its tensors to go on alike.
+
+    `config` holds all settings and `model` those of the model; `data` is the data's fingerprint,
+    `num_classes` the number of real classes among the logits.
+    """
+    return dict(
+        format=FORMAT, step=step, val_loss=val_loss,
+        tally=counters or dict(steps=0, clipped=0.0),
+        guard=guard or dict(in_a_row=[0, 0], refused=0), config=config, model=model,
+        data=data or {}, tokenizer=tokenizer, num_classes=num_classes, world_size=world_size,
+        versions=dict(python=platform.python_version(), torch=torch.__version__,
+                      numpy=numpy.__version__))
 
 
 def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

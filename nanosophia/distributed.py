@@ -264,9 +264,9 @@ def zeros_like_shards(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tenso
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and SIGINT as a wish to stop that all ranks grant at the same step.
+    """Turns SIGTERM, SIGUSR1 and SIGINT into a stop request that all ranks honour at one step.
 
-    A context. Each step calls `ask` when it begins and `granted` when it ends. A second signal,
+    A context. Each step calls `start_poll` when it begins and `poll` when it ends. A second signal,
     2 seconds or more after the first, ends the process at once (nearer ones are echoes: torchrun
     passes on what the terminal has sent already).
     """
@@ -274,9 +274,9 @@ class StopSignals:
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, ranks: Ranks):
-        self._wish, self._since = 0, 0.0
+        self._signal, self._since = 0, 0.0
         self._group = second_group() if ranks.world_size > 1 else None
-        self._box, self._answer = torch.zeros(1, dtype=torch.int32), None
+        self._buffer, self._pending = torch.zeros(1, dtype=torch.int32), None
 
     def __enter__(self) -> "StopSignals":
         main_thread = threading.current_thread() is threading.main_thread()
@@ -289,21 +289,21 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: object) -> None:
-        if not self._wish:
-            self._wish, self._since = number, time.monotonic()
+        if not self._signal:
+            self._signal, self._since = number, time.monotonic()
         elif time.monotonic() - self._since >= 2:
             os._exit(128 + number)
 
-    def ask(self) -> None:
-        """Tells the other ranks what this one has received, without waiting for them."""
-        self._box.fill_(self._wish)
+    def start_poll(self) -> None:
+        """Tells the other ranks which signal this one has received, without waiting for them."""
+        self._buffer.fill_(self._signal)
         if self._group is not None:
-            self._answer = dist.all_reduce(self._box, dist.ReduceOp.MAX, group=self._group,
-                                           async_op=True)
+            self._pending = dist.all_reduce(self._buffer, dist.ReduceOp.MAX, group=self._group,
+                                            async_op=True)
 
-    def granted(self) -> int:
-        """The signal that some rank told with `ask`, 0 for none; the same on every rank."""
+    def poll(self) -> int:
+        """Returns the signal that some rank told in `start_poll`, or 0; the same on every rank."""
         if self._group is None:
-            return self._wish
-        self._answer.wait()
-        return int(self._box.item())
+            return self._signal
+        self._pending.wait()
+        return int(self._buffer.item())

@@ -1,5 +1,6 @@
 """Keeps losses, gradients and estimates that are not finite out of the state, on every rank."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -92,6 +93,13 @@ def skip_if_nonfinite(found_inf: Tensor, optimizer: torch.optim.Optimizer,
             optimizer.found_inf = None
     elif not found_inf.item():  # host sync
         action()
+
+
+def require_finite(name: str, value: float, step: int) -> None:
+    """Raises TrainingError when a recorded value is not finite."""
+    if not math.isfinite(value):
+        raise TrainingError(f"step {step}: {name} is not finite ({value}); continue the newest "
+                            "checkpoint with a lower learning_rate, or longer warm-up")
 
 
 def require_finite_parameters(parameters, step: int) -> None:

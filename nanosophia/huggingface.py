@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import GPTConfig
-from nanosophia.checkpoint import CheckpointError, checkpoint_folders, save
+from nanosophia.checkpoint import CheckpointError, checkpoint_folders, run_state, save
 from nanosophia.configurator import ConfigError, Settings, command, knob, load
 from nanosophia.files import write_text
 from nanosophia.options import Config
@@ -230,10 +230,9 @@ def import_weights(settings: HuggingFaceSettings) -> None:
         name = str(shutil.copy(name, out_dir / "tokenizer.json"))
     config = asdict(Config(**asdict(weights.config))) | dict(
         dataset=f"imported from {settings.import_from}")
-    save(out_dir, model.state_dict(), {}, dict(
-        format=1, step=0, val_loss=None, tally=dict(steps=0, clipped=0), config=config, data={},
-        model=asdict(weights.config),
-        tokenizer=name, num_classes=weights.num_classes, world_size=1), keep=2)
+    save(out_dir, model.state_dict(), {}, run_state(
+        step=0, config=config, model=asdict(weights.config), tokenizer=name,
+        num_classes=weights.num_classes), keep=2)
 
 
 if __name__ == "__main__":

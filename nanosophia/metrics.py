@@ -7,11 +7,17 @@ that fails says so once and never stops training.
 import json
 import math
 import sys
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from nanosophia.distributed import full_tensor, sum_over_ranks
 from nanosophia.files import write_text
 
 # Dense bf16 peak in FLOP/s by a part of torch's device name; NVIDIA's data sheets.
@@ -21,6 +27,57 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of the named device, or None when it is not in the table."""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+
+
+class Clock:
+    """Counts steps and seconds of training in this process, without the time in `paused()`."""
+
+    def __init__(self, done: int):
+        self.start, self.done = time.perf_counter(), done
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time that the context takes."""
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
+
+    def read(self, done: int) -> tuple[int, float]:
+        """Returns steps and seconds since the last reading, when `done` steps are done."""
+        now = time.perf_counter()
+        steps_and_seconds = done - self.done, now - self.start
+        self.start, self.done = now, done
+        return steps_and_seconds
+
+
+def measure(run, step: int, lr: float, loss: Tensor, grad_norm: Tensor, clock: Clock) -> dict:
+    """Returns the numbers of a logging step of train.py's `run`: the loop's one host sync."""
+    world_size, device = run.ranks.world_size, run.ranks.device
+    if world_size > 1:
+        sum_over_ranks([loss])
+    measured = {"train/loss": loss / world_size, "grad_norm": grad_norm,
+                "norm_clip_rate": run.counters.clipped / run.counters.steps}
+    if hasattr(run.optimizer, "statistics"):
+        measured |= {key: full_tensor(x) for key, x in run.optimizer.statistics().items()}
+    values = torch.cat([torch.stack([value.double() for value in measured.values()]),
+                        run.guard.report.double()]).tolist()  # sync
+    record, report = dict(zip(measured, values, strict=False)), values[len(measured):]
+    run.guard.raise_if_tripped(report)
+    if report[0]:
+        record["refused"] = int(report[0])
+    run.counters.clipped.zero_()
+    run.counters.steps = 0
+    steps, seconds = clock.read(step + 1)
+    tokens_per_step = run.config.tokens_per_step
+    record |= dict(data_wait_fraction=run.batches.seconds_waited / seconds, lr=lr,
+                   tokens=(step + 1) * tokens_per_step,
+                   tokens_per_second=steps * tokens_per_step / seconds)
+    run.batches.seconds_waited = 0.0
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak:
+        record["mfu"] = (record["tokens_per_second"] * run.model.flops_per_token()
+                         / (peak * world_size))
+    return record
 
 
 class Recorder:

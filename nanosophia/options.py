@@ -21,7 +21,8 @@ class Config(Settings, GPTConfig):
     vocab_size: int = knob(0, "rows of the embedding; 0 = the data's vocabulary rounded up to a "
                               "multiple of 64 (GPT-2: 50304)", low=0)
 
-    out_dir: str = knob("out", "folder for checkpoints and metrics.jsonl", section="run")
+    out_dir: str = knob("out", "folder for checkpoints and metrics.jsonl; with a config file by "
+                               "default out/NAME, after the file's name", section="run")
     init_from: str = knob(
         "scratch", "scratch: start anew; resume: continue the newest checkpoint of out_dir; auto: "
                    "either, as it is; or weights that a new run starts from: a ckpt.pt of nanoGPT "
@@ -101,16 +102,17 @@ class Config(Settings, GPTConfig):
     activation_checkpointing: bool = knob(
         False, "recompute each block in the backward pass: less memory, about a third more compute")
     loss_chunk: int = knob(
-        0, "positions whose logits exist at a time in the loss: fewer take less memory; 0 = all of "
-           "them, or on a CPU without compile 24 MB of them",
+        0, "compute the loss's logits this many positions at a time, to save memory; 0 = all at "
+           "once, or on a CPU without compile 24 MB of them",
         unit="tokens", low=0)
     compile: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile the model; auto = on CUDA only")
     compile_optimizer: Literal["auto", "on", "off"] = knob(
         "auto", "torch.compile Sophia's update; auto = on CUDA only")
 
-    dry_run: bool = knob(False, "only say what the run would take, on 1 to 256 GPUs",
-                         section="dry run")
+    print_config: bool = knob(False, "print every setting with its source and exit",
+                              section="without training")
+    dry_run: bool = knob(False, "print memory and time estimates for 1 to 256 GPUs and exit")
     dry_run_gpu: Literal["A100", "H100", "H200"] = knob("H100", "GPU whose peak the days assume")
     dry_run_mfu: float = knob(0.4, "fraction of that peak that training reaches", above=0, high=1)
 
@@ -153,3 +155,6 @@ def _nearby(total: int, world_size: int) -> str:
 def padded_vocab_size(classes: int) -> int:
     """Rows of an embedding for so many classes: the next multiple of 64, which kernels like."""
     return -(-classes // 64) * 64
+
+
+MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))

@@ -36,6 +36,9 @@ def compiled_update(theta: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, d
     _compiled()(*tensors, gamma, lr, decay, beta1, eps, skip)
 
 
+compiled_update.masks = True  # reads found_inf in its kernel, without a host sync
+
+
 @cache
 def _compiled():
     return torch.compile(sophia_update, dynamic=True)

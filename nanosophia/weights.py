@@ -28,6 +28,7 @@ from nanosophia.tokenizer import GPT2_CLASSES
 class Weights(NamedTuple):
     """A model to use: parameters under this project's names, settings, tokenizer."""
 
+    source: str  # for messages
     tensors: dict[str, Tensor]
     config: GPTConfig
     tokenizer: str  # as tokenizer.get_tokenizer takes it
@@ -36,17 +37,21 @@ class Weights(NamedTuple):
 
     def build(self) -> GPT:
         """Returns the model with these parameters; raises CheckpointError where they do not fit."""
-        model = GPT(self.config)
+        return self.load_into(GPT(self.config))
+
+    def load_into(self, model: GPT) -> GPT:
+        """Loads these parameters into a model, whose context may be shorter, and returns it."""
         try:
-            model.load_state_dict(self.tensors)
-        except RuntimeError as error:
-            raise CheckpointError("the weights are not those of such a model: "
+            wpe = self.tensors["transformer.wpe.weight"][:model.config.block_size]
+            model.load_state_dict(self.tensors | {"transformer.wpe.weight": wpe})
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"the weights of {self.source} are not those of such a model: "
                                   f"{' '.join(str(error).split())}") from error
         return model
 
 
 def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
-    """The model of a run's newest checkpoint, or of its best; None where there is none.
+    """Returns the model of a run's newest checkpoint, or of its best; None where there is none.
 
     Raises CheckpointError when it is damaged, or no checkpoint is the best.
     """
@@ -60,8 +65,8 @@ def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
         found = load_latest(out_dir)
     if found is None:
         return None
-    return Weights(found.model_tensors(), saved_model_config(found), found.state["tokenizer"],
-                   found.state["num_classes"], found.state)
+    return Weights(str(found.folder), found.model_tensors(), saved_model_config(found),
+                   found.state["tokenizer"], found.state["num_classes"], found.state)
 
 
 def saved_model_config(found: Checkpoint) -> GPTConfig:
@@ -85,7 +90,7 @@ def saved_model_config(found: Checkpoint) -> GPTConfig:
 
 
 def foreign_weights(source: str) -> Weights:
-    """GPT-2 weights made elsewhere: a ckpt.pt of nanoGPT or of the authors' code
+    """Reads GPT-2 weights made elsewhere: a ckpt.pt of nanoGPT or of the authors' code
     (github.com/Liuhong99/Sophia), another run's folder, a folder that transformers wrote, or a name
     on its hub.
 
@@ -128,7 +133,8 @@ def _nanogpt_weights(path: Path) -> Weights:
     kept = {name: x.float() for name, x in tensors.items() if name != "lm_head.weight"
             and not (name.endswith(".attn.bias") and x.dim() == 4)}
     plain = config.vocab_size >= GPT2_CLASSES  # otherwise its tokenizer is not known
-    return Weights(kept, config, "gpt2" if plain else "", min(GPT2_CLASSES, config.vocab_size), {})
+    return Weights(str(path), kept, config, "gpt2" if plain else "",
+                   min(GPT2_CLASSES, config.vocab_size), {})
 
 
 # Both tanh ones are one function; the first is computed as model.py does, to the last bit.
@@ -179,11 +185,12 @@ def _transformers_weights(folder: Path) -> Weights:
         tensors[name] = (x.t() if name.endswith(TRANSPOSED) else x).float().contiguous()
     file = folder / "tokenizer.json"
     plain = config["vocab_size"] == GPT2_CLASSES or not file.exists()
-    return Weights(tensors, ours, "gpt2" if plain else str(file), config["vocab_size"], {})
+    return Weights(str(folder), tensors, ours, "gpt2" if plain else str(file),
+                   config["vocab_size"], {})
 
 
 def _download(name: str) -> Path:
-    """A local copy of a model on the hub: weights, settings and tokenizer."""
+    """Returns the folder of a local copy of a model on the hub, with settings and tokenizer."""
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -52,13 +53,22 @@ class Allocated(TorchDispatchMode):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A prepared byte-level folder: this project's own source, one module for validation."""
+    """A prepared byte-level folder of made-up text, the same whatever the project's code is."""
     folder = tmp_path_factory.mktemp("data")
-    texts = [("val", (ROOT / "model.py").read_text()[:10_005])]  # no multiple of a window
-    texts += [("train", p.read_text()) for p in
-              sorted([*ROOT.glob("*.py"), *ROOT.glob("nanosophia/*.py")]) if p.name != "model.py"]
+    texts = [("val", made_up_text(10_005, seed=0))]  # no multiple of a window
+    texts += [("train", made_up_text(12_000, seed)) for seed in range(1, 21)]
     write_corpus(listed(texts), folder, "bytes")
     return folder
+
+
+def made_up_text(characters: int, seed: int) -> str:
+    """Lines of words from a vocabulary of 300, the n-th of which is as frequent as 1/n."""
+    words = random.Random(0)
+    vocabulary = ["".join(words.choices("etaoinshrdlucm", k=words.randint(1, 8)))
+                  for _ in range(300)]
+    drawn = random.Random(seed).choices(vocabulary, [1 / n for n in range(1, 301)], k=characters)
+    lines = (" ".join(drawn[i:i + 9]) for i in range(0, len(drawn), 9))
+    return "\n".join(lines)[:characters]
 
 
 def listed(documents: list[tuple[str, str]], name: str = "a list") -> Documents:

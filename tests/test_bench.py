@@ -9,6 +9,7 @@ import torch
 import bench
 import train
 from nanosophia.configurator import load
+from nanosophia.resume import resolve_fresh
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
          "--total_batch_size=4", "--hessian_batch_size=2", "--vocab_size=320", "--device=cpu",
@@ -75,7 +76,7 @@ def test_the_plain_loop_learns_as_trains_own_does():
         config = bench._contender(settings, sources, "plain")
         data = bench._random_data(config)
         data = dataclasses.replace(data, train=data.train[:17])  # one window
-        run = train.build_run(train.settled(config, ranks, data), ranks, data)
+        run = train.build_run(resolve_fresh(config, ranks, data), ranks, data)
         step = bench._plain_loop(run, data.train) if plain else \
             (lambda number, run=run: train.train_step(run, number))
         for number in range(30):

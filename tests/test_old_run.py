@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 import train
+from nanosophia.checkpoint import file_digest
 from tests.conftest import ROOT, run_train
 
 OLD = ROOT / "tests" / "old_run"
@@ -42,7 +43,7 @@ def test_a_run_of_other_code_with_a_setting_unknown_here_is_refused(old_run, ref
     spoiled["config"]["norm"] = "rms"
     state.write_text(json.dumps(spoiled))
     (run / "step_00000004" / "manifest.json").write_text(json.dumps({
-        path.name: train.checkpoints.file_digest(path)
+        path.name: file_digest(path)
         for path in (run / "step_00000004").iterdir() if path.name != "manifest.json"}))
     line = refused(train.main, flags)
     assert "was trained with norm = 'rms', which this code does not know" in line

@@ -9,11 +9,11 @@ from model import GPT, GPTConfig
 from nanosophia.baselines import AdaHessian, AdaHessianClip, Lion, Normalize, SophiaUnclipped
 from nanosophia.configurator import ConfigError, load
 from nanosophia.optimizers import advice, build, check, parameter_groups, with_own_defaults
-from nanosophia.options import Config
+from nanosophia.options import MODEL_KEYS, Config
 from nanosophia.update_rules import compiled_update
 from sophia import Sophia
 from tests.conftest import ROOT
-from train import MODEL_KEYS, cosine_lr
+from train import cosine_lr
 
 # Table 2 of the paper: width, heads, layers, peak rates (AdamW, Sophia-G).
 TABLE_2 = {

@@ -13,6 +13,7 @@ import torch
 import sample
 import train
 from model import GPT, GPTConfig
+from nanosophia import resume
 from nanosophia.checkpoint import load_latest
 from nanosophia.configurator import ConfigError, load
 from nanosophia.dataloader import open_dataset
@@ -46,8 +47,7 @@ def build(argv, data_dir):
     config = load(Config, argv, "")[0]
     ranks = Ranks(0, 1, torch.device("cpu"))
     data = open_dataset(str(data_dir), config.block_size)
-    config = train._fit_vocabulary(train._settle(config, {}, None, ranks)[0], {}, data)
-    return train.build_run(config, ranks, data)
+    return train.build_run(resume.resolve_fresh(config, ranks, data), ranks, data)
 
 
 def test_a_run_learns_and_records_every_step_once(tiny, tmp_path, capsys):
@@ -173,7 +173,7 @@ def test_evaluation_is_the_same_for_any_batch_size_and_disturbs_nothing(tiny, da
     run = build(tiny("--dtype=float64", f"--batch_size={batch_size}"), data_dir)
     windows = train.ValidationWindows(open_dataset(str(data_dir), 16).val, block_size=16, limit=7)
     state = torch.random.get_rng_state()
-    loss = train.evaluate(run, windows)
+    loss = train.evaluate(run.model, windows, run.ranks, batch_size, run.autocast)
     reference = run.model(*train.inputs_and_targets(windows.rows(0, 7), torch.device("cpu"))).item()
     assert loss == pytest.approx(reference, rel=1e-12)
     assert torch.equal(state, torch.random.get_rng_state()) and run.model.training
@@ -209,10 +209,10 @@ def test_shards_refuse_what_needs_the_whole_with_the_reason(tiny, refused, flags
 
 
 def test_shards_refuse_chunks_that_would_depend_on_the_ranks(tiny, monkeypatch):
-    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(resume, "world_size", lambda: 2)
     config = load(Config, tiny("--parallel=fsdp", "--hessian_chunks=2", "--batch_size=1"), "")[0]
     with pytest.raises(ConfigError, match="hessian_chunks = 2 with parallel = fsdp"):
-        train._check(config, {}, None)
+        resume.check_settings(config, {})
 
 
 def test_recomputed_blocks_give_the_same_run(tiny, tmp_path):
@@ -443,7 +443,7 @@ def test_weights_and_data_of_different_tokenizers_are_refused(tmp_path, tiny, re
     nanogpt_file(tmp_path / "ckpt.pt", vocab_size=50304)
     flags = [f for f in tiny() if not f.startswith(("--n_", "--block_size"))]
     line = refused(train.main, [*flags, f"--init_from={tmp_path / 'ckpt.pt'}", "--block_size=16"])
-    assert "speaks gpt2" in line and "written in bytes" in line
+    assert "trained with tokenizer gpt2" in line and "tokenized with bytes" in line
 
 
 def test_auto_before_the_first_checkpoint_begins_from_the_same_weights(tmp_path, tiny, capsys):
@@ -516,7 +516,7 @@ def test_a_step_asks_the_device_nothing(tiny, data_dir, monkeypatch, flags):
     for step in range(3, 6):
         train.train_step(run, step)
     assert asked == []
-    train._measure(run, 5, torch.zeros(()), torch.zeros(()), train._Clock(0))
+    train.measure(run, 5, 1e-3, torch.zeros(()), torch.zeros(()), train.Clock(0))
     assert asked == ["tolist"]
 
 

@@ -52,9 +52,9 @@ def inject(kind: str, value: str, step: str, rank: str) -> None:
     def hit(what: str) -> bool:
         return mine and kind == what and now == int(step)
 
-    def forward(self, idx, targets=None, label=None):
-        out = original_forward(self, idx, targets, label)
-        trains = targets is not None and label is None and self.training
+    def forward(self, idx, targets=None, caches=None, sample_labels_fn=None):
+        out = original_forward(self, idx, targets, caches, sample_labels_fn)
+        trains = targets is not None and sample_labels_fn is None and self.training
         return out * poison if trains and hit("loss") else out
 
     def clip(parameters, *args, **kwargs):

@@ -1,0 +1,245 @@
+"""Resolves what a run is: flags, config files, a checkpoint or weights, and data agree, or refuse.
+
+The order of precedence, later ones winning: an option's default, the optimizer's own default, a
+config file, a flag; and on resuming the checkpoint, for what was not given.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from nanosophia.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, load_latest
+from nanosophia.configurator import ConfigError, load, with_sources
+from nanosophia.dataloader import DataError, Dataset, open_dataset
+from nanosophia.distributed import Ranks, on_main, world_size
+from nanosophia.files import write_text
+from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
+from nanosophia.options import MODEL_KEYS, Config, padded_vocab_size
+from nanosophia.tokenizer import TokenizerError, get_tokenizer
+from nanosophia.weights import Weights, foreign_weights, saved_model_config
+
+# What a resumed run must share with its checkpoint, so that it sees the same rows and state.
+RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer"}
+# What belongs to the place of a run and is never taken from a checkpoint.
+LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation_checkpointing",
+              "loss_chunk", "compile", "compile_optimizer", "eval_only", "print_config", "dry_run",
+              "dry_run_gpu", "dry_run_mfu"}
+# Of a model's settings those that its weights do not show, so that a user may choose others.
+FREE_KEYS = {"activation", "dropout"}
+TOKENIZER_PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14 # 日本語 don't\t\t12345"
+# The settings of an optimizer that its config file gives, as Table 2 of the paper does.
+OPTIMIZER_KEYS = {"learning_rate", "beta1", "beta2", "eps", "muon_momentum", "gamma",
+                  "hessian_bias_correction", "gamma_target", "gamma_rows", "weight_decay",
+                  "hessian_interval", "hessian_batch_size", "hessian_chunks"}
+USAGE = "train.py [config/FILE.py] [--key=value]"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    config: Config  # nothing in it is "auto" or to be derived any more
+    data: Dataset
+    weights: Weights | None  # made elsewhere, to begin from
+    checkpoint: Checkpoint | None  # to continue
+    notes: list[str]  # what the user should know
+
+
+def load_config(argv: list[str]) -> tuple[Config, dict[str, str]]:
+    """Returns train.py's settings and where each given key came from.
+
+    The optimizer's own defaults apply where nothing was given; out_dir follows from the name of the
+    config file. Raises ConfigError.
+    """
+    config, sources = load(Config, argv, USAGE)
+    config = with_own_defaults(config, sources)
+    if config.eval_only and "init_from" not in sources:
+        config = replace(config, init_from="resume")
+    files = [a for a in argv if not a.startswith("-")]
+    if files and "out_dir" not in sources:
+        name = Path(files[-1]).stem.removeprefix("train_").replace("_", "-")
+        config = replace(config, out_dir=f"out/{name}")
+    return config, sources
+
+
+def describe_config(config: Config, sources: dict[str, str]) -> Iterator[str]:
+    """Yields a line `key = value  # source` for every setting, as --print_config prints them."""
+    own = OPTIMIZERS[config.optimizer].defaults
+    for key, value in asdict(config).items():
+        if key == "print_config":
+            continue
+        default = next(f.default for f in fields(Config) if f.name == key)
+        source = sources.get(key) or (f"default of optimizer = {config.optimizer}" if key in own
+                                      else "default" if value == default
+                                      else "derived")
+        yield f"{key} = {value!r}  # {source}"
+
+
+def other_optimizers_settings(config: Config, sources: dict[str, str]) -> list[str]:
+    """Returns a note where --optimizer replaces a config file's and the file's settings remain."""
+    if not sources.get("optimizer", "").startswith("flag"):
+        return []
+    kept = {key: source for key, source in sources.items()
+            if key in OPTIMIZER_KEYS and not source.startswith("flag")}
+    if not kept:
+        return []
+    files = ", ".join(sorted({source.rpartition(":")[0] for source in kept.values()}))
+    values = ", ".join(f"{key} = {getattr(config, key)}" for key in kept)
+    return [f"optimizer = {config.optimizer} was given as a flag, and {files} still sets {values}"]
+
+
+def check_settings(config: Config, sources: dict[str, str],
+                   checkpoint: Checkpoint | None = None) -> None:
+    """Checks what the configurator cannot know: the ranks, and what the optimizer asks for.
+
+    Raises ConfigError that says where each value came from.
+    """
+    try:
+        config.check_world(world_size())
+        check(config, world_size())
+    except ConfigError as error:
+        if checkpoint:  # its values are in the config now
+            sources = {key: str(checkpoint.folder) for key in asdict(config)} | sources
+        raise with_sources(error, sources) from None
+
+
+def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
+    """Returns what the run begins with; raises a UserError, on every rank, where parts disagree."""
+    checkpoint = on_main(ranks, lambda: _find_checkpoint(config), ConfigError, CheckpointError)
+    config, notes = resolve_config(config, sources, checkpoint, ranks)
+    if not checkpoint and config.init_from == "auto":
+        config = original_init_from(config, notes)
+    if not config.eval_only:
+        check_settings(config, sources, checkpoint)
+    notes += other_optimizers_settings(config, sources)
+    data = open_dataset(config.dataset, config.block_size)
+    weights = None
+    if checkpoint:
+        _require_same_data(checkpoint, data, config)
+        require_tokenizer(checkpoint.state["tokenizer"], data, checkpoint.folder)
+    elif config.init_from not in ("scratch", "auto"):
+        weights = foreign_weights(config.init_from)
+        config = adopt_weight_shape(config, sources, asdict(weights.config))
+        require_tokenizer(weights.tokenizer, data, config.init_from)
+    config = resolve_vocab_size(config, sources, data)
+    if config.parallel == "fsdp" and ranks.world_size > 1 and config.sample_tokens:
+        notes.append("no sample is drawn from a sharded model at the end; use sample.py")
+        config = replace(config, sample_tokens=0)
+    return Start(config, data, weights, checkpoint, [*notes, *filter(None, [data.note])])
+
+
+def resolve_fresh(config: Config, ranks: Ranks, data: Dataset) -> Config:
+    """Returns the config of a run without a checkpoint, with dtype and vocab_size resolved."""
+    return resolve_vocab_size(resolve_config(config, {}, None, ranks)[0], {}, data)
+
+
+def _find_checkpoint(config: Config) -> Checkpoint | None:
+    """Returns the checkpoint to continue, None to start anew."""
+    out_dir = Path(config.out_dir)
+    if config.init_from not in ("resume", "auto"):
+        if checkpoint_folders(out_dir):
+            raise ConfigError(f"{out_dir} already holds checkpoints; continue them with "
+                              "--init_from=resume, or give another --out_dir", "out_dir")
+        return None
+    found = load_latest(out_dir, quarantine=not config.eval_only)
+    if found is None and config.init_from == "resume":
+        raise CheckpointError(f"{out_dir} holds no checkpoint to resume; check --out_dir, or "
+                              "start with --init_from=scratch")
+    return found
+
+
+def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoint | None,
+                   ranks: Ranks) -> tuple[Config, list[str]]:
+    """Takes from the checkpoint what was not given, and resolves dtype; returns notes as well.
+
+    Raises CheckpointError where a given key contradicts the checkpoint and must not.
+    """
+    values, notes, saved = {}, [], {}
+    if checkpoint:
+        saved = checkpoint.state["config"] | asdict(saved_model_config(checkpoint))
+    for key in saved.keys() & asdict(config).keys() - LOCAL_KEYS:
+        given = getattr(config, key)
+        is_derived = key == "vocab_size" and given == 0
+        if key not in sources or is_derived:
+            values[key] = saved[key]
+        elif given != saved[key] and key in RUN_KEYS:
+            raise CheckpointError(
+                f"{checkpoint.folder} has {key} = {saved[key]!r}, {sources[key]} asks for "
+                f"{given!r}; leave it out, or start anew with another --out_dir")
+        elif given != saved[key]:
+            notes.append(f"{key} was {saved[key]!r} until step {checkpoint.state['step']} and is "
+                         f"{given!r} from now on")
+    if config.dtype == "auto":
+        values["dtype"] = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    try:
+        return replace(config, **values), sorted(notes)
+    except ConfigError as error:
+        raise with_sources(error, sources) from None
+
+
+def original_init_from(config: Config, notes: list[str]) -> Config:
+    """With init_from=auto and no checkpoint yet, takes the weights that the run began from."""
+    out_dir = Path(config.out_dir)
+    try:
+        original = json.loads((out_dir / "config.json").read_text())["init_from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return config
+    if original in ("scratch", "resume", "auto"):
+        return config
+    notes.append(f"{out_dir} has no checkpoint yet; beginning again from {original}")
+    return replace(config, init_from=original)
+
+
+def adopt_weight_shape(config: Config, sources: dict[str, str], shape: dict) -> Config:
+    """Returns the config with the model of foreign weights; activation and context may differ."""
+    for key, value in shape.items():
+        given = getattr(config, key)
+        is_shorter = key == "block_size" and given < value
+        if key in sources and given != value and key not in FREE_KEYS and not is_shorter:
+            raise with_sources(ConfigError(f"{config.init_from} has {key} = {value}, not {given}; "
+                                           "leave it out", key), sources)
+    given_keys = (FREE_KEYS | {"block_size"}) & sources.keys()
+    return replace(config, **{k: v for k, v in shape.items() if k not in given_keys})
+
+
+def resolve_vocab_size(config: Config, sources: dict[str, str], data: Dataset) -> Config:
+    """Derives vocab_size from the data where it is 0; raises ConfigError where it is too small."""
+    if config.vocab_size == 0:
+        return replace(config, vocab_size=padded_vocab_size(data.vocab_size))
+    if config.vocab_size < data.vocab_size:
+        raise with_sources(ConfigError(
+            f"vocab_size = {config.vocab_size} is less than the {data.vocab_size} classes of "
+            f"{data.folder}; raise it or leave it out", "vocab_size"), sources)
+    return config
+
+
+def _require_same_data(checkpoint: Checkpoint, data: Dataset, config: Config) -> None:
+    if checkpoint.state["data"] != data.fingerprint and not config.eval_only:
+        raise DataError(f"{data.folder} is not the data that {checkpoint.folder} was trained on; "
+                        "give the same --dataset, or another --out_dir to start anew")
+
+
+def require_tokenizer(name: str, data: Dataset, model: object) -> None:
+    """Raises DataError where `model` was made with another tokenizer than the data."""
+    if name in ("", data.tokenizer):
+        return
+    try:
+        of_model, of_data = (get_tokenizer(n).encode_ordinary(TOKENIZER_PROBE)
+                             for n in (name, data.tokenizer))
+    except TokenizerError:
+        return  # one of them is not available, so it cannot be known
+    if of_model != of_data:
+        raise DataError(f"{model} was trained with tokenizer {name}, {data.folder} was tokenized "
+                        f"with {data.tokenizer}: the same ids mean other text; prepare the data "
+                        "with the model's tokenizer")
+
+
+def write_config(config: Config) -> None:
+    """Writes config.json to the run's folder; raises CheckpointError where that is impossible."""
+    try:
+        text = json.dumps(asdict(config), indent=1) + "\n"
+        write_text(Path(config.out_dir) / "config.json", text)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to --out_dir={config.out_dir}: {error.strerror}; give "
+                              "another one") from error

@@ -1,33 +1,9 @@
 # torchrun --nproc_per_node=8 train.py config/ablation_adahessian.py
 # Fig. 7b: AdaHessian. Betas from the paper; the rate is AdamW's at this size. 30M model; compare
 # with train_gpt2_30m_sophiag.py.
-out_dir = "out/ablation-adahessian"
-
 n_layer = 6
 n_head = 6
 n_embd = 384
-vocab_size = 50304
-block_size = 1024
-
-dataset = "openwebtext"
 batch_size = 30
-total_batch_size = 480
-
 optimizer = "adahessian"
 learning_rate = 1.2e-3
-beta1 = 0.92
-beta2 = 0.99
-eps = 1e-8
-weight_decay = 0.1
-hessian_interval = 10
-hessian_batch_size = 32
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-min_lr_ratio = 0.05
-
-eval_interval = 1000
-log_interval = 10
-checkpoint_interval = 1000
-wandb_run_name = "ablation-adahessian"

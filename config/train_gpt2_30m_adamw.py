@@ -1,30 +1,8 @@
 # torchrun --nproc_per_node=8 train.py config/train_gpt2_30m_adamw.py
 # Expected: the paper prints no validation loss for this size (sizes and rates: Table 2).
-out_dir = "out/gpt2-30m-adamw"
-
 n_layer = 6
 n_head = 6
 n_embd = 384
-vocab_size = 50304
-block_size = 1024
-
-dataset = "openwebtext"
 batch_size = 30
-total_batch_size = 480
-
 optimizer = "adamw"
 learning_rate = 1.2e-3
-beta1 = 0.9
-beta2 = 0.95
-eps = 1e-8
-weight_decay = 0.1
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-min_lr_ratio = 0.05
-
-eval_interval = 1000
-log_interval = 10
-checkpoint_interval = 1000
-wandb_run_name = "gpt2-30m-adamw"

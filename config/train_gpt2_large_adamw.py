@@ -1,32 +1,10 @@
 # torchrun --nproc_per_node=8 train.py config/train_gpt2_large_adamw.py
 # Expected: validation loss 2.613 on OpenWebText after 100k steps (paper, Fig. 4);
 # 3.25 s per step on A100s (paper, Table 1).
-out_dir = "out/gpt2-large-adamw"
-
 n_layer = 36
 n_head = 20
 n_embd = 1280
-vocab_size = 50304
-block_size = 1024
 scale_attn_by_inverse_layer_idx = True  # without it AdamW's largest stable rate here is lower
-
-dataset = "openwebtext"
 batch_size = 5
-total_batch_size = 480
-
 optimizer = "adamw"
 learning_rate = 2e-4
-beta1 = 0.9
-beta2 = 0.95
-eps = 1e-8
-weight_decay = 0.1
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-min_lr_ratio = 0.05
-
-eval_interval = 1000
-log_interval = 10
-checkpoint_interval = 1000
-wandb_run_name = "gpt2-large-adamw"

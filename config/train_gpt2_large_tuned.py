@@ -4,35 +4,11 @@
 # smallest of them did best at 1.25 to 1.7 times AdamW's rate; at 2.7M 1.5 times ruined the run and
 # 0.75 times won, so the rate here is AdamW's. Changed from train_gpt2_large_sophiag.py:
 # learning_rate, beta1, gamma.
-out_dir = "out/gpt2-large-tuned"
-
 n_layer = 36
 n_head = 20
 n_embd = 1280
-vocab_size = 50304
-block_size = 1024
-
-dataset = "openwebtext"
 batch_size = 5
-total_batch_size = 480
-
-optimizer = "sophiag"
 learning_rate = 2e-4  # AdamW's in the paper
 beta1 = 0.9
-beta2 = 0.99
 gamma_target = 0.9  # a gamma of its own for each tensor (beyond the paper)
 gamma_rows = "embedding"  # and for each row of the embeddings
-eps = 1e-12
-weight_decay = 0.2
-hessian_interval = 10
-hessian_batch_size = 240
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-min_lr_ratio = 0.05
-
-eval_interval = 1000
-log_interval = 10
-checkpoint_interval = 1000
-wandb_run_name = "gpt2-large-tuned"

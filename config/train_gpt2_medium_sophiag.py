@@ -1,34 +1,8 @@
 # torchrun --nproc_per_node=8 train.py config/train_gpt2_medium_sophiag.py
 # Expected: validation loss 2.627 on OpenWebText after 100k steps (paper, Fig. 4);
 # 1.86 s per step on A100s (paper, Table 1).
-out_dir = "out/gpt2-medium-sophiag"
-
 n_layer = 24
 n_head = 16
 n_embd = 1024
-vocab_size = 50304
-block_size = 1024
-
-dataset = "openwebtext"
 batch_size = 10
-total_batch_size = 480
-
-optimizer = "sophiag"
 learning_rate = 4e-4
-beta1 = 0.96
-beta2 = 0.99
-gamma = 0.05
-eps = 1e-12
-weight_decay = 0.2
-hessian_interval = 10
-hessian_batch_size = 240
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-min_lr_ratio = 0.05
-
-eval_interval = 1000
-log_interval = 10
-checkpoint_interval = 1000
-wandb_run_name = "gpt2-medium-sophiag"

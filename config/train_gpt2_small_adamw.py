@@ -1,30 +1,3 @@
 # torchrun --nproc_per_node=8 train.py config/train_gpt2_small_adamw.py
 # Expected: validation loss 2.921 on OpenWebText after 100k steps (paper, Fig. 4).
-out_dir = "out/gpt2-small-adamw"
-
-n_layer = 12
-n_head = 12
-n_embd = 768
-vocab_size = 50304
-block_size = 1024
-
-dataset = "openwebtext"
-batch_size = 15
-total_batch_size = 480
-
 optimizer = "adamw"
-learning_rate = 6e-4
-beta1 = 0.9
-beta2 = 0.95
-eps = 1e-8
-weight_decay = 0.1
-grad_clip = 1.0
-
-max_iters = 100_000
-warmup_iters = 2000
-min_lr_ratio = 0.05
-
-eval_interval = 1000
-log_interval = 10
-checkpoint_interval = 1000
-wandb_run_name = "gpt2-small-adamw"

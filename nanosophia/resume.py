@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from nanosophia.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, load_latest
-from nanosophia.configurator import ConfigError, load, with_sources
+from nanosophia.configurator import ConfigError, load, read_config_file, with_sources
 from nanosophia.dataloader import DataError, Dataset, open_dataset
 from nanosophia.distributed import Ranks, on_main, world_size
 from nanosophia.files import write_text
@@ -66,27 +66,36 @@ def load_config(argv: list[str]) -> tuple[Config, dict[str, str]]:
 def describe_config(config: Config, sources: dict[str, str]) -> Iterator[str]:
     """Yields a line `key = value  # source` for every setting, as --print_config prints them."""
     own = OPTIMIZERS[config.optimizer].defaults
-    for key, value in asdict(config).items():
-        if key == "print_config":
-            continue
-        default = next(f.default for f in fields(Config) if f.name == key)
-        source = sources.get(key) or (f"default of optimizer = {config.optimizer}" if key in own
-                                      else "default" if value == default
-                                      else "derived")
-        yield f"{key} = {value!r}  # {source}"
+    for f in fields(Config):
+        value, source = getattr(config, f.name), "default"
+        if f.name in sources:
+            source = sources[f.name]
+        elif f.name in own:
+            source = f"default of optimizer = {config.optimizer}"
+        elif f.name == "out_dir" and value != f.default:
+            source = "derived from the config file's name"
+        elif f.name == "init_from" and value != f.default:
+            source = "derived from eval_only"
+        if f.name != "print_config":
+            yield f"{f.name} = {value!r}  # {source}"
+    yield from (f"# note: {note}" for note in other_optimizers_settings(config, sources))
 
 
 def other_optimizers_settings(config: Config, sources: dict[str, str]) -> list[str]:
-    """Returns a note where --optimizer replaces a config file's and the file's settings remain."""
+    """Returns a note where a flag replaces a config file's optimizer, but not its settings."""
     if not sources.get("optimizer", "").startswith("flag"):
         return []
-    kept = {key: source for key, source in sources.items()
-            if key in OPTIMIZER_KEYS and not source.startswith("flag")}
-    if not kept:
+    files = {source.rpartition(":")[0] for source in sources.values()
+             if not source.startswith("flag")}
+    written_for = {read_config_file(Path(file)).get("optimizer", (Config().optimizer,))[0]
+                   for file in files}
+    kept = [key for key, source in sources.items()
+            if key in OPTIMIZER_KEYS and not source.startswith("flag")]
+    if not kept or written_for == {config.optimizer}:
         return []
-    files = ", ".join(sorted({source.rpartition(":")[0] for source in kept.values()}))
     values = ", ".join(f"{key} = {getattr(config, key)}" for key in kept)
-    return [f"optimizer = {config.optimizer} was given as a flag, and {files} still sets {values}"]
+    return [f"optimizer = {config.optimizer} was given as a flag, and {', '.join(sorted(files))} "
+            f"still sets {values}"]
 
 
 def check_settings(config: Config, sources: dict[str, str],

@@ -1,15 +1,19 @@
 """Schedule, decay groups, and the shipped configs."""
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
+import train
 from model import GPT, GPTConfig
 from nanosophia.baselines import AdaHessian, AdaHessianClip, Lion, Normalize, SophiaUnclipped
-from nanosophia.configurator import ConfigError, load
+from nanosophia.configurator import ConfigError, load, read_config_file
 from nanosophia.optimizers import advice, build, check, parameter_groups, with_own_defaults
-from nanosophia.options import MODEL_KEYS, Config
+from nanosophia.options import MODEL_KEYS, Config, padded_vocab_size
+from nanosophia.resume import load_config, other_optimizers_settings
+from nanosophia.tokenizer import GPT2_CLASSES
 from nanosophia.update_rules import compiled_update
 from sophia import Sophia
 from tests.conftest import ROOT
@@ -26,7 +30,9 @@ TABLE_2 = {
 
 
 def shipped(name, *flags):
-    return load(Config, [str(ROOT / "config" / f"{name}.py"), *flags], "")[0]
+    """The complete settings of a shipped config, for GPT-2's vocabulary."""
+    config = load_config([str(ROOT / "config" / f"{name}.py"), *flags])[0]
+    return replace(config, vocab_size=padded_vocab_size(GPT2_CLASSES))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.stem)
@@ -36,6 +42,18 @@ def test_every_shipped_config_loads_and_says_how_to_launch_it(path):
     assert f"train.py config/{path.name}" in first
     if not path.stem.startswith(("quickstart", "train_neox")):
         assert config.tokens_per_step == 480 * 1024
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.stem)
+def test_a_shipped_config_states_nothing_that_it_would_have_anyway(path):
+    given = read_config_file(path)
+    optimizer = given.get("optimizer", (Config().optimizer, 0))[0]
+    without = with_own_defaults(Config(optimizer=optimizer), {})
+    for key, (value, line) in given.items():
+        if key == "optimizer":
+            assert value != Config().optimizer, f"{path}:{line}"
+        else:
+            assert value != getattr(without, key), f"{path}:{line}: {key} has its default"
 
 
 @pytest.mark.parametrize("optimizer, lrs", [("adamw", (1.5e-4, 1.2e-4)),
@@ -70,10 +88,13 @@ def test_gpt2_configs_are_table_2_and_divide_over_gpus(size, optimizer):
         assert 480 % (ranks * config.batch_size) == 240 % (ranks * config.batch_size) == 0
     assert (config.block_size, config.total_batch_size, config.grad_clip) == (1024, 480, 1.0)
     assert (config.max_iters, config.warmup_iters, config.min_lr_ratio) == (100_000, 2000, 0.05)
-    assert not config.bias and not config.dropout
+    assert not config.bias and not config.dropout and config.dataset == "openwebtext"
+    assert config.vocab_size == 50304 and config.activation == "gelu_tanh"
+    assert config.out_dir == f"out/gpt2-{size}-{optimizer}"
     if optimizer == "adamw":
         assert config.learning_rate == lr_adamw
-        assert (config.beta1, config.beta2, config.weight_decay) == (0.9, 0.95, 0.1)
+        assert (config.beta1, config.beta2, config.weight_decay, config.eps) == (
+            0.9, 0.95, 0.1, 1e-8)
         assert config.scale_attn_by_inverse_layer_idx == (size in ("medium", "540m", "large"))
     else:
         assert config.learning_rate == lr_sophia
@@ -159,6 +180,34 @@ def test_labels_of_the_estimate_do_not_depend_on_the_split_over_ranks():
     both = estimate(slice(2, 4), lambda parts: torch._foreach_add_(parts, sums))
     for a, b in zip(whole, both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_another_optimizer_on_top_of_a_config_has_its_own_settings():
+    """And what the file, written for its own optimizer, still sets is named."""
+    path = str(ROOT / "config" / "train_gpt2_medium_sophiag.py")
+    config, sources = load_config([path, "--optimizer=adamw"])
+    assert (config.beta1, config.beta2, config.eps, config.weight_decay) == (0.9, 0.95, 1e-8, 0.1)
+    assert config.n_layer == 24
+    note, = other_optimizers_settings(config, sources)
+    assert note == (f"optimizer = adamw was given as a flag, and {path} still sets "
+                    "learning_rate = 0.0004")
+    for flags in (["--optimizer=adamw"], [path], [path, "--optimizer=sophiag"],
+                  [path, "--optimizer=adamw", "--learning_rate=3e-4"]):
+        assert not other_optimizers_settings(*load_config(flags))
+
+
+def test_all_settings_are_printed_with_their_sources_and_nothing_is_trained(capsys, tmp_path):
+    path = str(ROOT / "config" / "train_gpt2_small_adamw.py")
+    train.main([path, "--max_iters=7000", "--print_config"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(fields(Config)) - 1
+    for line in ("max_iters = 7000  # flag --max_iters=7000", f"optimizer = 'adamw'  # {path}:3",
+                 "beta2 = 0.95  # default of optimizer = adamw", "batch_size = 15  # default",
+                 "out_dir = 'out/gpt2-small-adamw'  # derived from the config file's name"):
+        assert line in lines
+    (tmp_path / "again.py").write_text("\n".join(lines))  # a config file itself
+    again = load_config([str(tmp_path / "again.py")])[0]
+    assert again == load_config([path, "--max_iters=7000"])[0]
 
 
 def test_an_optimizer_asked_for_by_name_alone_gets_its_own_settings():

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def option(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field with what `train.py --help` says of it and the limits that are checked."""
+    """Returns a field with what `train.py --help` says about it and the limits to check."""
     return field(default=default, metadata=dict(meaning=meaning, **limits))
 
 

@@ -1,4 +1,4 @@
-"""Text from a trained model and a prompt.
+"""Samples text from a trained model and a prompt.
 
     python sample.py --out_dir=out/quickstart --start="def main(" --num_samples=3
     python sample.py --init_from=gpt2 --interactive
@@ -39,36 +39,36 @@ class SampleSettings(Settings):
     start: str = knob("\n", "prompt; FILE:path reads it from a file, - from standard input; "
                             "<|endoftext|> is understood", section="text")
     interactive: bool = knob(False, "ask for prompts, line by line, until an empty one")
-    num_samples: int = knob(10, "how many texts; one alone is shown as it comes", low=1)
+    num_samples: int = knob(10, "number of texts; a single sample is streamed", low=1)
     max_new_tokens: int = knob(500, "length of each, unless end-of-text comes before",
                                unit="tokens", low=1)
 
-    temperature: float = knob(0.8, "1 = the model's own distribution, 0 = the likeliest token",
+    temperature: float = knob(0.8, "1 = the model's own distribution, 0 = the most likely token",
                               low=0, section="sampling")
-    top_k: int = knob(200, "only the so many likeliest tokens; 0 = all", low=0)
-    top_p: float = knob(1.0, "of these only the likeliest that together have this probability",
+    top_k: int = knob(200, "only the k most likely tokens; 0 = all", low=0)
+    top_p: float = knob(1.0, "of these only the most likely that together have this probability",
                         above=0, high=1)
-    repetition_penalty: float = knob(1.0, "above 1 makes tokens that were there less likely",
+    repetition_penalty: float = knob(1.0, "above 1 makes tokens that occurred before less likely",
                                      low=0.01, high=100)
     seed: int = knob(1337, "seed of the sampling", low=0, high=2**63 - 1)
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
+    """Runs the command; exits with 2 and one line after a user's mistake."""
     settings, _ = load(SampleSettings, argv, "sample.py [--key=value]")
     sample(settings)
 
 
 def sample(settings: SampleSettings) -> None:
-    """Prints the samples, a rule after each."""
+    """Prints the samples, a line of dashes after each."""
     device = start_ranks(settings.device).device
     weights = read_weights(settings)
     model = weights.build()
     model.to(device, getattr(torch, settings.dtype)).eval()
     if not weights.tokenizer:
         raise CheckpointError(f"{settings.init_from} has {weights.num_classes} classes and does "
-                              "not say which tokenizer made them, so it cannot be made to speak")
+                              "not say which tokenizer made them, so its output cannot be decoded")
     tokenizer = get_tokenizer(weights.tokenizer)
     generator = torch.Generator(device).manual_seed(settings.seed)
     prompts = _typed_prompts() if settings.interactive else [_read_start(settings.start)]
@@ -79,7 +79,7 @@ def sample(settings: SampleSettings) -> None:
 
 
 def read_weights(settings: SampleSettings) -> Weights:
-    """The model that the settings name."""
+    """Returns the model that the settings name."""
     if settings.init_from != "resume":
         return foreign_weights(settings.init_from)
     found = run_weights(Path(settings.out_dir), settings.checkpoint)
@@ -89,7 +89,7 @@ def read_weights(settings: SampleSettings) -> Weights:
 
 
 def encode(tokenizer, prompt: str, num_classes: int) -> list[int]:
-    """Ids of a prompt, end-of-text for an empty one; raises ConfigError on ids without a class."""
+    """Returns ids of a prompt, end-of-text for an empty one; raises ConfigError on unknown ids."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -104,7 +104,7 @@ def encode(tokenizer, prompt: str, num_classes: int) -> list[int]:
 
 def _texts(model: GPT, tokenizer, prompt: list[int], settings: SampleSettings, weights: Weights,
            generator: torch.Generator) -> Iterator[str]:
-    """Pieces to print: one sample as its tokens come, or several one after the other."""
+    """Yields pieces to print: a single sample token by token, or several one after the other."""
     device = generator.device
     ids = torch.tensor([prompt] * settings.num_samples, device=device)  # (B, T)
     tokens = stream(

@@ -9,7 +9,7 @@ from sophia import Sophia, state_dtype
 
 
 class Lion(torch.optim.Optimizer):
-    """Evolved sign momentum (Chen et al. 2023, arXiv:2302.06675, Algorithm 2):
+    """Implements Lion, evolved sign momentum (Chen et al. 2023, arXiv:2302.06675, Algorithm 2):
 
         c = beta1 m + (1 - beta1) g;  theta -= lr (sign(c) + weight_decay theta)
         m = beta2 m + (1 - beta2) g
@@ -36,7 +36,7 @@ class Lion(torch.optim.Optimizer):
 
 
 class Normalize(torch.optim.Optimizer):
-    """Momentum divided by its root mean square over all parameters (Normalize of Fig. 7c).
+    """Divides momentum by its root mean square over all parameters (Normalize of Fig. 7c).
 
     theta -= lr m / rms(m), after decoupled decay. The paper gives no scale; the root mean square
     makes the typical coordinate move lr, as clipping does.
@@ -64,8 +64,8 @@ class Normalize(torch.optim.Optimizer):
 
 
 class AdaHessian(Sophia):
-    """Adam with the squared Hutchinson estimate (Yao et al., arXiv:2006.00719), as the paper runs
-    it, without spatial averaging:
+    """Implements AdaHessian, Adam with the squared Hutchinson estimate (Yao et al.,
+    arXiv:2006.00719), as the paper runs it, without spatial averaging:
 
         m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) hhat^2 at each estimate
         theta -= lr mhat / (sqrt(vhat) + eps), after decoupled decay
@@ -94,7 +94,7 @@ class AdaHessian(Sophia):
 
 
 class AdaHessianClip(Sophia):
-    """AdaHessian's curvature under Sophia's clipping (AH+clip of Fig. 7b):
+    """Clips as Sophia does, with AdaHessian's curvature (AH+clip of Fig. 7b):
 
     clip(m / max(gamma sqrt(v), eps), -1, 1) with v the average of hhat^2.
     """
@@ -113,7 +113,7 @@ class AdaHessianClip(Sophia):
 
 
 class SophiaUnclipped(Sophia):
-    """Sophia without the clip (GNB of Fig. 7c): m / max(gamma h, eps)."""
+    """Updates as Sophia does, without the clip (GNB of Fig. 7c): m / max(gamma h, eps)."""
 
     def statistics(self) -> dict[str, Tensor]:
         """Returns `Sophia.statistics` without what concerns clipping."""

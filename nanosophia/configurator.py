@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 
 class UserError(ValueError):
-    """What a user can mend: the message says what, which value, where, and what to do.
+    """A mistake that the user can mend: the message says what, which value, where, what to do.
 
     A command prints it as one line and ends with `exit_code`.
     """
@@ -41,7 +41,7 @@ class Stopped(UserError):
 
 
 class ConfigError(UserError):
-    """A mistake in the settings; `keys` names the knobs concerned."""
+    """A mistake in the settings; `keys` names the options concerned."""
 
     def __init__(self, message: str, *keys: str):
         super().__init__(message)
@@ -51,7 +51,7 @@ class ConfigError(UserError):
 def knob(default: Any, meaning: str, *, unit: str = "", low: float | None = None,
          above: float | None = None, high: float | None = None, below: float | None = None,
          section: str = "") -> Any:
-    """A dataclass field with its documentation and legal range.
+    """Returns a dataclass field with its documentation and legal range.
 
     `low` and `high` are inclusive bounds, `above` and `below` exclusive ones. `section` opens a
     heading in `--help`.
@@ -63,7 +63,7 @@ def knob(default: Any, meaning: str, *, unit: str = "", low: float | None = None
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of every command's settings: checks each field's type and range when built."""
+    """Base of every command's settings, which checks each field's type and range."""
 
     def __post_init__(self):
         for f in fields(self):
@@ -71,7 +71,7 @@ class Settings:
         self.check()
 
     def check(self) -> None:
-        """Rules between several fields; raises ConfigError."""
+        """Checks rules between several fields; raises ConfigError."""
 
 
 # What users of nanoGPT and of the authors' code look for, and where it is here.
@@ -91,7 +91,7 @@ RENAMED = {
 
 
 def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
-    """Settings of class `cls` from config files and flags, and where each given key came from.
+    """Returns settings of class `cls` from config files and flags, and each given key's source.
 
     `argv` holds paths of config files and `--key=value` flags; flags win. `--help` prints every
     key and exits. Raises ConfigError.
@@ -120,13 +120,13 @@ def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
 
 
 def with_sources(error: ConfigError, sources: dict[str, str]) -> ConfigError:
-    """The same error saying where each of its keys was set."""
-    said = ", ".join(f"{k} from {sources.get(k, 'its default')}" for k in error.keys)
-    return ConfigError(f"{error} ({said})" if said else str(error), *error.keys)
+    """Returns the same error with the place where each of its keys was set."""
+    origins = ", ".join(f"{k} from {sources.get(k, 'its default')}" for k in error.keys)
+    return ConfigError(f"{error} ({origins})" if origins else str(error), *error.keys)
 
 
 def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
-    """Assignments of a config file: name -> (value, line). Names with a leading _ are local.
+    """Reads a config file: name -> (value, line). Names with a leading _ are local.
 
     Literals, arithmetic and earlier names only; nothing is executed. Raises ConfigError.
     """
@@ -147,8 +147,8 @@ def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
         where = f"{path}:{node.lineno}"
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1
                 and isinstance(node.targets[0], ast.Name)):
-            raise ConfigError(f"{where}: only assignments `key = value` may stand in a config "
-                              "file; nothing is executed")
+            raise ConfigError(f"{where}: only assignments `key = value` are allowed in a "
+                              "config file; nothing is executed")
         names[node.targets[0].id] = (_evaluate(node.value, names, where), node.lineno)
     return {k: v for k, v in names.items() if not k.startswith("_")}
 
@@ -207,7 +207,7 @@ def _known(key: str, by_name: dict, source: str) -> Any:
 
 
 def _literal(f: Any, text: str) -> Any:
-    """A flag's text as a Python value; strings stay as they are typed."""
+    """Returns a flag's text as a Python value; strings stay as they are typed."""
     if f.type is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     if f.type in (int, float):
@@ -256,7 +256,7 @@ _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", 
 
 
 def help_text(cls: type, usage: str) -> str:
-    """Every key with type, default, unit and meaning, for `--help`."""
+    """Returns every key with type, default, unit and meaning, for `--help`."""
     lines = [f"usage: {usage}", ""]
     for f in fields(cls):
         meta = f.metadata

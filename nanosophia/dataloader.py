@@ -31,7 +31,7 @@ class DataError(UserError):
 
 
 def keyed_bits(count: int, seed: int, purpose: str, index: int) -> np.ndarray:
-    """`count` random uint64 that depend on nothing but the arguments (Philox, counter-based).
+    """Returns `count` random uint64 that depend on the arguments alone (Philox, counter-based).
 
     Raw bits of a bit generator are the part of numpy that never changes between versions.
     """
@@ -40,13 +40,13 @@ def keyed_bits(count: int, seed: int, purpose: str, index: int) -> np.ndarray:
 
 
 def keyed_seed(seed: int, purpose: str, index: int) -> int:
-    """A seed for torch.Generator, below 2**63, that depends on nothing but the arguments."""
+    """Returns a seed for torch.Generator, below 2**63, that depends on the arguments alone."""
     return int(keyed_bits(1, seed, purpose, index)[0] >> 1)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared folder: memory-mapped splits and what meta.json says of them."""
+    """A prepared folder: memory-mapped splits and what meta.json says about them."""
 
     folder: Path
     train: np.ndarray  # uint16 token ids
@@ -58,7 +58,7 @@ class Dataset:
 
 
 def open_dataset(name: str, block_size: int) -> Dataset:
-    """The dataset called `name`: a folder under the project's data/, or a path.
+    """Opens the dataset called `name`: a folder under the project's data/, or a path.
 
     Raises DataError where a file is missing, contradicts meta.json, or is shorter than a window.
     """
@@ -84,12 +84,12 @@ def open_dataset(name: str, block_size: int) -> Dataset:
         note = ""
     else:
         meta = dict(vocab_size=GPT2_CLASSES, tokenizer="gpt2", splits={})
-        note = f"{folder} has no meta.json: taken for GPT-2 tokens"
+        note = f"{folder} has no meta.json: assumed to be GPT-2 tokens"
     for split, tokens in arrays.items():
-        said = meta["splits"].get(split, {}).get("tokens", len(tokens))
-        if said != len(tokens):
+        recorded = meta["splits"].get(split, {}).get("tokens", len(tokens))
+        if recorded != len(tokens):
             raise DataError(f"{folder / split}.bin holds {len(tokens)} tokens but {meta_path} says "
-                            f"{said}; prepare the folder again")
+                            f"{recorded}; prepare the folder again")
     tokenizer = meta["tokenizer"]
     if (folder / tokenizer).suffix == ".json":  # a file that came with the data
         tokenizer = str(folder / tokenizer)
@@ -124,9 +124,9 @@ def _read_meta(path: Path) -> dict:
 
 
 def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int, sample: int = 1 << 20) -> str:
-    """Refuses ids outside the vocabulary, looking at `sample` ids spread over the file.
+    """Refuses ids outside the vocabulary among `sample` ids spread over the file.
 
-    Returns their sha256, by which a resumed run knows its data.
+    Returns the sha256 of these ids, by which a resumed run recognises its data.
     """
     pieces, digest = 64, hashlib.sha256()
     starts = np.linspace(0, max(0, len(tokens) - sample // pieces), pieces).astype(np.int64)
@@ -141,7 +141,7 @@ def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int, sample: int = 1 
 
 
 class TrainBatches:
-    """Rows of any training step, for any rank."""
+    """Provides the rows of any training step, for any rank."""
 
     def __init__(self, tokens: np.ndarray, *, block_size: int, total_batch_size: int, seed: int,
                  sampling: str = "epochs", vocab_size: int = 1 << 16):
@@ -154,60 +154,61 @@ class TrainBatches:
         self._permutation = lru_cache(maxsize=2)(self._permute)
 
     def rows(self, step: int, start: int, stop: int) -> Tensor:
-        """Token ids, int64 (stop - start, block_size + 1), of rows start..stop of a step."""
+        """Returns ids, int64 (stop - start, block_size + 1), of a step's rows start..stop."""
         assert 0 <= start <= stop <= self.total_batch_size, (start, stop, self.total_batch_size)
         if self.sampling == "random":
             bits = keyed_bits(self.total_batch_size, self.seed, "random", step)[start:stop]
-            places = (bits % np.uint64(len(self.tokens) - self.block_size)).tolist()
+            offsets = (bits % np.uint64(len(self.tokens) - self.block_size)).tolist()
         else:
             first = step * self.total_batch_size
-            places = [self.block_size * self.window(s) for s in range(first + start, first + stop)]
-        return gather(self.tokens, places, self.block_size, self.vocab_size)
+            offsets = [self.block_size * self.window(s) for s in range(first + start, first + stop)]
+        return gather(self.tokens, offsets, self.block_size, self.vocab_size)
 
     def window(self, sample: int) -> int:
-        """Which window sample number `sample` of the endless sequence of epochs is."""
-        epoch, place = divmod(sample, self.windows)
-        return int(self._permutation(epoch)[place])
+        """Returns which window sample number `sample` of the endless sequence of epochs is."""
+        epoch, position = divmod(sample, self.windows)
+        return int(self._permutation(epoch)[position])
 
     def _permute(self, epoch: int) -> np.ndarray:
         return np.argsort(keyed_bits(self.windows, self.seed, "epoch", epoch), kind="stable")
 
 
 class ValidationWindows:
-    """Evenly spaced, non-overlapping windows of the validation split, the same for every run."""
+    """Provides evenly spaced, non-overlapping windows of the validation split, always the same."""
 
     def __init__(self, tokens: np.ndarray, *, block_size: int, limit: int,
                  vocab_size: int = 1 << 16):
         available = (len(tokens) - 1) // block_size
         count = min(available, limit) if limit else available
         self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
-        self.places = [block_size * (available * i // count) for i in range(count)]
+        self.offsets = [block_size * (available * i // count) for i in range(count)]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.offsets)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Token ids, int64 (stop - start, block_size + 1), of windows start..stop."""
-        return gather(self.tokens, self.places[start:stop], self.block_size, self.vocab_size)
+        """Returns token ids, int64 (stop - start, block_size + 1), of windows start..stop."""
+        return gather(self.tokens, self.offsets[start:stop], self.block_size, self.vocab_size)
 
 
 class Prefetcher:
-    """TrainBatches whose next step is read by a thread while this one is computed.
+    """Reads TrainBatches' rows of the next step in a thread while this one is computed.
 
-    Gives the same rows. On CUDA they lie in pinned memory, so that the copy does not wait.
-    `seconds_waited` counts the time that `rows` made its caller wait.
+    On CUDA the rows lie in pinned memory, so that the copy does not wait. `seconds_waited` counts
+    the time that `rows` made its caller wait.
     """
 
-    def __init__(self, batches: TrainBatches, wanted: Callable[[int], list[tuple[int, int]]],
+    def __init__(self, batches: TrainBatches,
+                 row_ranges: Callable[[int], list[tuple[int, int]]],
                  device: torch.device):
-        """`wanted(step)` lists the (start, stop) ranges of rows that a step will ask for."""
-        self.batches, self.wanted, self.pin = batches, wanted, device.type == "cuda"
+        """`row_ranges(step)` lists the (start, stop) ranges of rows that a step will ask for."""
+        self.batches, self.row_ranges, self.pin = batches, row_ranges, device.type == "cuda"
         self.seconds_waited = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._steps: dict[int, Future] = {}
 
     def rows(self, step: int, start: int, stop: int) -> Tensor:
-        """As TrainBatches.rows, for rows within one of the ranges wanted."""
+        """Returns TrainBatches.rows of rows within one of the step's ranges."""
         began = time.perf_counter()
         for expected in (step, step + 1):
             if expected not in self._steps:
@@ -222,24 +223,24 @@ class Prefetcher:
         raise IndexError(f"rows {start}..{stop} are in none of the ranges {list(parts)}")
 
     def _load(self, step: int) -> dict[tuple[int, int], Tensor]:
-        rows = {part: self.batches.rows(step, *part) for part in self.wanted(step)}
+        rows = {part: self.batches.rows(step, *part) for part in self.row_ranges(step)}
         return {part: r.pin_memory() for part, r in rows.items()} if self.pin else rows
 
 
-def gather(tokens: np.ndarray, places: list[int], T: int, vocab_size: int) -> Tensor:
-    """Token ids, int64 (len(places), T + 1), from each place on.
+def gather(tokens: np.ndarray, offsets: list[int], T: int, vocab_size: int) -> Tensor:
+    """Returns token ids, int64 (len(offsets), T + 1), from each offset on.
 
     Raises DataError on an id outside the vocabulary.
     """
-    rows = np.stack([tokens[p:p + T + 1] for p in places])
+    rows = np.stack([tokens[p:p + T + 1] for p in offsets])
     if rows.max() >= vocab_size:
-        place, file = places[int(rows.max(1).argmax())], getattr(tokens, "filename", "the data")
-        raise DataError(f"{file} holds id {rows.max()} within {T} of position {place}, outside "
+        offset, file = offsets[int(rows.max(1).argmax())], getattr(tokens, "filename", "the data")
+        raise DataError(f"{file} holds id {rows.max()} within {T} of position {offset}, outside "
                         f"the vocabulary of {vocab_size}; prepare it again")
     return torch.from_numpy(rows.astype(np.int64))
 
 
 def inputs_and_targets(rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows (n, T + 1) as inputs and next-token targets (n, T) on the device, without waiting."""
+    """Returns inputs and next-token targets (n, T) of rows (n, T + 1), on the device, no sync."""
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

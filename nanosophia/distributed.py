@@ -1,4 +1,4 @@
-"""Rank facts, wrapping for several ranks, the gradient-sync switch, reductions.
+"""Ranks: who they are, models wrapped for several of them, reductions, stop signals.
 
 Ranks come from torchrun's environment; without it there is one. The engines are torch's own
 DistributedDataParallel and fully_shard (FSDP2), over nccl on CUDA and gloo elsewhere. Knows no
@@ -29,12 +29,12 @@ from nanosophia.configurator import UserError
 
 
 class DeviceError(UserError):
-    """The device asked for is not there."""
+    """The device asked for is not available."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among how many, and on which device."""
+    """This process among all of them, and its device."""
 
     rank: int
     world_size: int
@@ -42,23 +42,23 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints and writes."""
+        """Returns whether this rank prints and writes."""
         return self.rank == 0
 
     def share(self, total: int) -> tuple[int, int]:
-        """First and last + 1 of this rank's contiguous share of `total` rows."""
+        """Returns first and last + 1 of this rank's contiguous share of `total` rows."""
         return total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size
 
 
 def world_size() -> int:
-    """Number of ranks that torchrun started, 1 without it."""
+    """Returns the number of ranks that torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_ranks(device: str) -> Ranks:
     """Joins the process group, if there are several ranks, and takes this rank's device.
 
-    `device` is auto, cpu, cuda, cuda:N or mps. Raises DeviceError when it is not there.
+    `device` is auto, cpu, cuda, cuda:N or mps. Raises DeviceError when it is not available.
     """
     if world_size() > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise DeviceError(f"WORLD_SIZE is {world_size()} but RANK, LOCAL_RANK or MASTER_ADDR is "
@@ -126,7 +126,7 @@ def stop_ranks() -> None:
 
 def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
          blocks: Sequence[nn.Module] = (), low_precision: bool = False) -> nn.Module:
-    """The model whose backward averages gradients over ranks; itself when there is one rank.
+    """Returns the model whose backward averages gradients over ranks; of one rank itself.
 
     `sharded` splits parameters, gradients and with them the optimizer's state over the ranks
     (FSDP2), in place: each of `blocks` is gathered when it runs, in bfloat16 with `low_precision`,
@@ -150,7 +150,7 @@ def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
 
 
 def gradient_sync(model: nn.Module, on: bool):
-    """Context in which backward averages gradients over ranks (the last micro-batch) or not."""
+    """Returns a context in which backward averages gradients over ranks, or does not."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(on)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else \
@@ -181,13 +181,13 @@ def sharded_gradient(model: FSDPModule, ranks: Ranks) -> Callable:
 
 
 def reshard(model: nn.Module) -> None:
-    """Ends a forward pass that no backward follows: a sharded model gives back what it gathered."""
+    """Frees what a sharded model gathered in a forward pass that no backward follows."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether each rank holds its part of the tensor."""
+    """Returns whether each rank holds its part of the tensor."""
     return isinstance(x, DTensor)
 
 
@@ -209,10 +209,10 @@ def sum_over_ranks(tensors: list[Tensor]) -> None:
 
 
 def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception], group=None):
-    """What `action` returns on rank 0, the only one to run it, on every rank.
+    """Runs `action` on rank 0 alone and returns its value on every rank.
 
-    When it raises one of `errors` (made of a message alone), every rank raises the same. `group`:
-    where the ranks talk, when not in their first group.
+    When it raises one of `errors` (made of a message alone), every rank raises the same. `group` is
+    the process group to communicate in, by default the first.
     """
     value, error = None, None
     if ranks.is_main:
@@ -221,23 +221,23 @@ def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception]
         except errors as raised:
             error = raised
     if ranks.world_size > 1:
-        box = [(value, error and (type(error), str(error)))]
-        dist.broadcast_object_list(box, src=0, group=group)
-        value, described = box[0]
-        if described and error is None:
-            error = described[0](described[1])
+        message = [(value, error and (type(error), str(error)))]
+        dist.broadcast_object_list(message, src=0, group=group)
+        value, raised_there = message[0]
+        if raised_there and error is None:
+            error = raised_there[0](raised_there[1])
     if error is not None:
         raise error
     return value
 
 
 def second_group():
-    """Another group of all ranks, over gloo: what a thread says there disturbs no other talk."""
+    """Returns another process group of all ranks, over gloo, for a thread of its own."""
     return dist.new_group(backend="gloo")
 
 
 def host_copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory, sharded tensors still sharded; `buffers` is reused and filled up."""
+    """Returns copies in host memory, shards still as shards; `buffers` is reused and extended."""
     for name, x in tensors.items():
         x, kept = to_local(x).detach(), buffers.get(name)
         if kept is None or (kept.shape, kept.dtype) != (x.shape, x.dtype):
@@ -257,7 +257,7 @@ def host_copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[st
 
 
 def zeros_like_shards(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Zeros of a whole shape, split as `p` is if they have as many rows."""
+    """Returns zeros of a full shape, split as `p` is if they have as many rows."""
     if isinstance(p, DTensor) and shape and shape[0] == p.shape[0] and len(shape) == p.dim():
         return sharded_zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements)
     return torch.zeros(shape, dtype=dtype, device=p.device if shape else "cpu")

@@ -1,4 +1,4 @@
-"""A run to a folder that transformers loads, and GPT-2 from there to a run.
+"""Command that exports a run to a folder that transformers loads, or imports GPT-2 into a run.
 
     python -m nanosophia.huggingface --out_dir=out/quickstart --export=out/quickstart-hf
     python -m nanosophia.huggingface --import_from=gpt2 --out_dir=out/gpt2
@@ -49,7 +49,7 @@ class HuggingFaceSettings(Settings):
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
+    """Runs the command; exits with 2 and one line after a user's mistake."""
     settings, _ = load(HuggingFaceSettings, argv, "python -m nanosophia.huggingface --key=value")
     if settings.export:
         folder = export(settings)
@@ -96,7 +96,7 @@ def check_exportable(config: GPTConfig, name: str) -> None:
 
 
 def to_transformers(weights: Weights) -> dict[str, Tensor]:
-    """Parameters under transformers' names and shapes, padding cut off, absent biases as zeros."""
+    """Returns parameters under transformers' names, without padding, absent biases as zeros."""
     found = {}
     for name, x in weights.tensors.items():
         if name == "transformer.wte.weight":
@@ -112,7 +112,7 @@ def to_transformers(weights: Weights) -> dict[str, Tensor]:
 
 
 def transformers_config(weights: Weights, eot: int) -> dict:
-    """config.json of the model."""
+    """Returns config.json of the model."""
     config = weights.config
     return dict(
         architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
@@ -129,7 +129,7 @@ def transformers_config(weights: Weights, eot: int) -> dict:
 
 
 def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None:
-    """tokenizer.json and tokenizer_config.json."""
+    """Writes tokenizer.json and tokenizer_config.json."""
     if name.endswith(".json"):
         shutil.copy(name, folder / "tokenizer.json")
     else:
@@ -140,7 +140,7 @@ def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None
 
 
 def _as_tokenizers(encoding, *, byte_pairs: bool):
-    """A tiktoken encoding of GPT-2's kind as a Tokenizer of the `tokenizers` library."""
+    """Returns a tiktoken encoding of GPT-2's kind as a Tokenizer of the `tokenizers` library."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     letters = byte_letters()
     spelled = {"".join(letters[b] for b in token): rank
@@ -158,7 +158,7 @@ def _as_tokenizers(encoding, *, byte_pairs: bool):
 
 
 def _halves(ranks: dict[bytes, int], token: bytes, letters: dict[int, str]) -> tuple[str, str]:
-    """The two tokens whose merge makes this one: what is left when all merges but it are done."""
+    """Returns the two tokens whose merge makes this one, found by doing all merges but that."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         pairs = [(ranks.get(a + b, len(ranks)), i)
@@ -171,7 +171,7 @@ def _halves(ranks: dict[bytes, int], token: bytes, letters: dict[int, str]) -> t
 
 
 def model_card(weights: Weights, settings: HuggingFaceSettings) -> str:
-    """README.md, filled from the run."""
+    """Returns README.md, filled from the run."""
     config, records = weights.state["config"], _records(Path(settings.out_dir))
     steps = weights.state["step"]
     seen = {key: next((r[key] for r in reversed(records) if key in r and r["step"] < steps), None)

@@ -25,16 +25,17 @@ class Config(Settings, GPTConfig):
                                "default out/NAME, after the file's name", section="run")
     init_from: str = knob(
         "scratch", "scratch: start anew; resume: continue the newest checkpoint of out_dir; auto: "
-                   "either, as it is; or weights that a new run starts from: a ckpt.pt of nanoGPT "
-                   "or the authors, a GPT-2 folder of transformers or a name on its hub")
+                   "resume if there is one, else start anew; or weights that a new run starts "
+                   "from: a ckpt.pt of nanoGPT or the authors, a GPT-2 folder of transformers or "
+                   "a name on its hub")
     seed: int = knob(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
                      high=2**63 - 1)
     eval_interval: int = knob(1000, "between evaluations (the last step is always one)",
                               unit="steps", low=1)
     eval_windows: int = knob(2000, "validation windows evaluated, evenly spaced; 0 = every one",
                              unit="windows of block_size", low=0)
-    eval_only: bool = knob(False, "only measure the newest checkpoint (or init_from's weights) on "
-                                  "the whole validation split")
+    eval_only: bool = knob(False, "measure the newest checkpoint (or init_from's weights) on the "
+                                  "whole validation split, without training")
     log_interval: int = knob(10, "between records (and host syncs)", unit="steps", low=1)
     checkpoint_interval: int = knob(1000, "between checkpoints (the last step always saves)",
                                     unit="steps", low=1)
@@ -42,8 +43,8 @@ class Config(Settings, GPTConfig):
     keep_best: bool = knob(True, "also keep the checkpoint with the lowest val/loss of those that "
                                  "were saved on an evaluation's step")
     on_nonfinite: Literal["stop", "skip"] = knob(
-        "stop", "when a loss, gradient or estimate is not finite: nothing is updated, and the run "
-                "ends or leaves that step out")
+        "stop", "when a loss, gradient or estimate is not finite, nothing is updated; then stop "
+                "the run, or skip that step")
     max_skipped: int = knob(10, "with on_nonfinite=skip: most in a row before the run ends",
                             unit="steps", low=1)
     sample_tokens: int = knob(0, "length of the text sampled when training ends; 0 = none",
@@ -118,12 +119,12 @@ class Config(Settings, GPTConfig):
 
     @property
     def model(self) -> GPTConfig:
-        """The model's part of these settings."""
+        """Returns the model's part of these settings."""
         return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)})
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
+        """Returns the tokens of one optimizer step over all ranks."""
         return self.total_batch_size * self.block_size
 
     def check(self) -> None:
@@ -153,7 +154,7 @@ def _nearby(total: int, world_size: int) -> str:
 
 
 def padded_vocab_size(classes: int) -> int:
-    """Rows of an embedding for so many classes: the next multiple of 64, which kernels like."""
+    """Returns the rows of an embedding for so many classes: a multiple of 64, for fast kernels."""
     return -(-classes // 64) * 64
 
 

@@ -147,7 +147,7 @@ def golden_run():
 def gpt2_cache(monkeypatch):
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         if not GPT2_CACHE.is_dir():
-            pytest.skip(f"GPT-2's tokenizer files are not at hand: {GPT2_CACHE} is not there and "
+            pytest.skip(f"GPT-2's tokenizer files are not available: {GPT2_CACHE} is not there and "
                         "TIKTOKEN_CACHE_DIR is not set")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
 

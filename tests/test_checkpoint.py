@@ -107,7 +107,7 @@ def test_a_save_cut_off_at_any_write_leaves_the_old_or_the_new(tmp_path, monkeyp
 
 
 @pytest.mark.trial(7)
-def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     write(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(CheckpointError, match="of disk space are free; earlier checkpoints are"):

@@ -403,7 +403,7 @@ def test_training_stops_when_no_save_is_left_to_fall_back_on(tiny, tmp_path, mon
 
 
 @pytest.mark.trial(7)
-def test_a_real_limit_on_file_size_is_said_and_the_old_checkpoint_stays(tiny, tmp_path):
+def test_a_real_limit_on_file_size_is_reported_and_the_old_checkpoint_stays(tiny, tmp_path):
     """The system itself refuses to write, as on a full disk."""
     run_train(*tiny("--max_iters=3"))
     code = ("import resource, signal, sys, train; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "

@@ -188,7 +188,7 @@ def test_a_context_too_long_is_refused():
 def test_generation_slides_keeps_the_mode_and_never_draws_padding():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SMALL))
-    with torch.no_grad():  # make padding ids by far the likeliest
+    with torch.no_grad():  # make padding ids by far the most likely
         model.transformer.wte.weight[60:] = 100 * model.transformer.ln_f.weight
     idx = torch.randint(60, (2, 3))
     out = generate(model, idx, 40, num_classes=60)

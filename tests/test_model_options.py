@@ -73,12 +73,12 @@ def test_code_without_the_field_refuses_the_checkpoint(changed_project, tmp_path
     run = shutil.copytree(changed_project / "run", tmp_path / "run")
     for argv in (["sample.py"], [*HUGGINGFACE, f"--export={tmp_path / 'hf'}"],
                  ["train.py", "--eval_only"]):
-        said = command(ROOT, *argv, f"--out_dir={run}", code=2)
-        assert "was trained with norm = 'rms', which this code does not know" in said
+        output = command(ROOT, *argv, f"--out_dir={run}", code=2)
+        assert "was trained with norm = 'rms', which this code does not know" in output
 
 
 def test_an_export_refuses_what_transformers_cannot_compute(changed_project, tmp_path):
-    said = command(changed_project, *HUGGINGFACE, "--out_dir=run",
+    output = command(changed_project, *HUGGINGFACE, "--out_dir=run",
                    f"--export={tmp_path / 'hf'}", code=2)
-    assert "norm = 'rms', which transformers' GPT-2 cannot compute" in said
+    assert "norm = 'rms', which transformers' GPT-2 cannot compute" in output
     assert not (tmp_path / "hf").exists()

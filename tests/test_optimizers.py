@@ -231,7 +231,7 @@ def test_a_setting_without_effect_is_refused(flags, words):
         check(Config(**flags), 1)
 
 
-def test_settings_known_to_go_wrong_are_said():
+def test_valid_but_harmful_settings_are_warned_of():
     assert not advice(Config())
     assert "shorter than the 2000 steps" in advice(Config(warmup_iters=200))[0]
     assert not advice(Config(warmup_iters=200, optimizer="adamw"))

@@ -74,7 +74,7 @@ def test_the_best_checkpoint_can_be_asked_for(tiny, tmp_path, capsys, refused):
     assert "names no best checkpoint" in line
 
 
-def test_a_nanogpt_checkpoint_speaks(tmp_path, capsys, refused, gpt2_cache):
+def test_a_nanogpt_checkpoint_gives_text(tmp_path, capsys, refused, gpt2_cache):
     nanogpt_file(tmp_path / "other.pt")
     line = refused(sample.main, [f"--init_from={tmp_path / 'other.pt'}", "--start=hello there"])
     assert "has 320 classes and does not say which tokenizer" in line

@@ -249,7 +249,7 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tiny, refused, tm
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_settings_left_out_come_from_the_checkpoint_and_changed_ones_are_said(
+def test_settings_left_out_come_from_the_checkpoint_and_changed_ones_are_noted(
         tiny, data_dir, tmp_path, capsys):
     run_train(*tiny("--bias=True"))
     before = load_latest(tmp_path / "run").state["config"]
@@ -333,7 +333,7 @@ def test_ranks_fail_together_where_rank_0_alone_writes(tiny, tmp_path):
     assert len(lines) == 2 and all("cannot write to --out_dir" in line for line in lines)
 
 
-def test_a_tokenizer_that_is_missing_is_said_before_training(tiny, data_dir, tmp_path, refused):
+def test_a_tokenizer_that_is_missing_is_refused_before_training(tiny, data_dir, tmp_path, refused):
     folder = tmp_path / "data"
     shutil.copytree(data_dir, folder)
     meta = json.loads((folder / "meta.json").read_text()) | dict(tokenizer="bytes by frequency")
@@ -423,11 +423,12 @@ def test_eval_only_is_the_same_for_any_batch_and_ranks(tiny, tmp_path, data_dir,
         logits = model(tokens[None, n - 16:n])[0, 16 - n % 16:]
         total += torch.nn.functional.cross_entropy(logits, tokens[n + 1 - n % 16:],
                                                    reduction="sum").item()
-    said = re.search(r"loss ([\d.]+) nats.* ([\d.]+) bits per byte, over ([\d,]+) bytes", lines[0])
-    assert float(said[1]) == pytest.approx(total / n, abs=2e-5)
+    reported = re.search(r"loss ([\d.]+) nats.* ([\d.]+) bits per byte, over ([\d,]+) bytes",
+                         lines[0])
+    assert float(reported[1]) == pytest.approx(total / n, abs=2e-5)
     size = int((tokens[1:] != 256).sum())
-    assert int(said[3].replace(",", "")) == size
-    assert float(said[2]) == pytest.approx(total / math.log(2) / size, abs=2e-5)
+    assert int(reported[3].replace(",", "")) == size
+    assert float(reported[2]) == pytest.approx(total / math.log(2) / size, abs=2e-5)
 
 
 def test_mkl_keeps_its_number_of_threads(tiny, data_dir):

@@ -26,6 +26,27 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
         "--learning_rate=1e-2", "--gamma=1", "--device=cpu"]
 
 
+# What `pytest -m fast` runs: these files without the tests that take longer than two seconds.
+FAST_FILES = {"test_architecture", "test_checkpoint", "test_configurator", "test_dataloader",
+              "test_metrics", "test_model", "test_old_run", "test_optimizers", "test_sample",
+              "test_sophia"}
+LONGER = {"test_slope_against_the_exact_diagonal_of_a_gpt_is_one",
+          "test_on_fsdp2_shards_it_steps_as_on_whole_parameters",
+          "test_hutchinson_averages_to_the_hessians_diagonal_negative_entries_included",
+          "test_gaussian_likelihood_gives_the_gauss_newton_diagonal_of_squared_error",
+          "test_chunks_shrink_the_noise_of_the_estimate",
+          "test_hutchinson_is_u_times_hessian_times_u_for_any_number_of_parts",
+          "test_the_compiled_update_equals_the_eager_one",
+          "test_model_loss_and_the_drawing_of_labels_compile_into_one_graph"}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the fast tests."""
+    for item in items:
+        if item.path.stem in FAST_FILES and item.originalname not in LONGER:
+            item.add_marker("fast")
+
+
 class Allocated(TorchDispatchMode):
     """Storages of at least `smallest` bytes that operations make within it, while they live."""
 

@@ -1,4 +1,4 @@
-"""What a run would take, before it takes it: parameters, FLOPs, memory per rank, days.
+"""Command that estimates a run before it starts: parameters, FLOPs, memory per rank, days.
 
     python train.py CONFIG --dry_run
     python -m nanosophia.dry_run config/train_*.py    one line per config, as a Markdown table
@@ -54,7 +54,7 @@ class Memory(NamedTuple):
 
 
 def plan(config: Config) -> Plan:
-    """The counts of a config; nothing is allocated and no data is needed."""
+    """Returns the counts of a config; nothing is allocated and no data is needed."""
     tokens, vocab_size = PUBLISHED_TOKENS.get(config.dataset), GPT2_CLASSES
     try:
         data = open_dataset(config.dataset, config.block_size)
@@ -82,14 +82,14 @@ def plan(config: Config) -> Plan:
 
 
 def rows_per_rank(config: Config, gpus: int) -> int:
-    """Sequences of a micro-batch on each of so many GPUs, at most the config's."""
+    """Returns the sequences of a micro-batch on each of so many GPUs, at most the config's."""
     per_rank = max(1, config.total_batch_size // gpus)
     return next(rows for rows in range(min(config.batch_size, per_rank), 0, -1)
                 if per_rank % rows == 0)
 
 
 def memory(plan: Plan, gpus: int) -> Memory:
-    """Bytes per rank: float32 parameters, gradients and state, bfloat16 copies for the passes."""
+    """Returns bytes per rank: float32 parameters, gradients, state; bfloat16 copies to compute."""
     config, N, B = plan.config, plan.parameters, plan.block_parameters
     rows = rows_per_rank(config, gpus)
     estimate = 4 * N if plan.estimates else 0
@@ -102,7 +102,7 @@ def memory(plan: Plan, gpus: int) -> Memory:
 
 
 def activation_bytes(config: Config) -> int:
-    """Bytes that the backward pass needs of one sequence under bfloat16 autocast.
+    """Returns the bytes that the backward pass needs of one sequence under bfloat16 autocast.
 
     Per token and block, in units of n_embd: two float32 inputs of layer norms (8), their outputs
     (4), q, k, v (6) and the attention's output (2), both sides of the GELU (16), all in bfloat16
@@ -119,20 +119,22 @@ def activation_bytes(config: Config) -> int:
 
 
 def _chunk_bytes(config: Config) -> int:
-    """Of a loss in chunks: logits, probabilities and their gradient, and the head's gradient."""
+    """Returns the bytes of a loss in chunks: logits, probabilities, gradients of both factors."""
     c = config
-    return c.loss_chunk and c.vocab_size * (c.loss_chunk * (2 + 4 + 2) + 4 * c.n_embd)
+    if not c.loss_chunk:
+        return 0
+    return c.vocab_size * (c.loss_chunk * (2 + 4 + 2) + 4 * c.n_embd)
 
 
 def days(plan: Plan, gpus: int) -> float:
-    """Of training at the config's `dry_run_mfu` of the peak of its `dry_run_gpu`."""
+    """Returns the days of training at `dry_run_mfu` of the peak of a `dry_run_gpu`."""
     c = plan.config
     flops = plan.flops_per_token * (1 + plan.estimate_share) * c.tokens_per_step * c.max_iters
     return flops / (gpus * peak_flops(c.dry_run_gpu) * c.dry_run_mfu) / 86400
 
 
 def report(config: Config) -> str:
-    """The page that --dry_run prints."""
+    """Returns the page that --dry_run prints."""
     p = plan(config)
     c = p.config
     lines = [
@@ -163,7 +165,7 @@ def report(config: Config) -> str:
 
 
 def table(configs: dict[str, Config]) -> str:
-    """One Markdown line per config."""
+    """Returns a Markdown table with one line per config."""
     lines = ["| config | parameters | GFLOP / token | tokens / step | steps / epoch | "
              f"GiB per rank at {', '.join(map(str, GPUS))} GPUs | days at 8 | at 64 |",
              "|---|---|---|---|---|---|---|---|"]
@@ -183,7 +185,7 @@ USAGE = "python -m nanosophia.dry_run config/FILE.py... [--key=value]"
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command: config files, and flags for all of them."""
+    """Runs the command: config files, and flags for all of them."""
     files, flags = ([a for a in argv if a.startswith("-") == dash] for dash in (False, True))
     if not files:
         raise ConfigError("give config files: python -m nanosophia.dry_run config/*.py")

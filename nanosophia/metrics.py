@@ -1,7 +1,7 @@
-"""One record -> console, metrics.jsonl, Weights & Biases; peak FLOP/s by device.
+"""Records a run to the console, metrics.jsonl and Weights & Biases; peak FLOP/s by device.
 
 metrics.jsonl in the run's folder has one JSON object a line, in the order of `step`. A recorder
-that fails says so once and never stops training.
+that fails warns once and never stops training.
 """
 
 import json
@@ -25,7 +25,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of the named device, or None when it is not in the table."""
+    """Returns the dense bf16 peak of the named device, or None when it is not in the table."""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
 
 
@@ -85,7 +85,7 @@ class Recorder:
 
     def __init__(self, out_dir: Path, *, first_step: int, max_iters: int, active: bool,
                  wandb: dict | None = None, health: "Health | None" = None):
-        """`first_step` > 0 drops stored records from there on: they are about to come again.
+        """Drops stored records from `first_step` on: they will be rewritten.
 
         `wandb` holds project, name and config for Weights & Biases, None for none. `health` turns
         records into warnings.
@@ -156,7 +156,7 @@ class Recorder:
 
 
 class Health:
-    """Plain-language warnings when a second-order run leaves its healthy range, each once."""
+    """Warns when a second-order run leaves its healthy range, once per kind of warning."""
 
     PATIENCE = 20  # records in a row, after warm-up, that make "for long"
 
@@ -164,11 +164,11 @@ class Health:
         """`fixed_gamma`: gamma is a setting, and not controlled towards a target of its own."""
         self.warmup_iters, self.hessian_interval = warmup_iters, hessian_interval
         self.fixed_gamma = fixed_gamma
-        self.said, self.outside = set(), 0
+        self.warned, self.outside = set(), 0
         self.norm, self.since = None, 0  # of h, and the step from which on it has had it
 
     def warnings(self, record: dict) -> list[str]:
-        """What this record, a dict as Sophia.statistics makes it, gives reason to say."""
+        """Returns the warnings that this record, with Sophia.statistics' keys, gives reason for."""
         found = {}
         if "hessian_norm" in record:
             if not math.isfinite(record["hessian_norm"]):
@@ -183,8 +183,8 @@ class Health:
                 found["still"] = (f"the curvature h has not changed since step {self.since}; do "
                                   "estimates still reach the optimizer?")
         found |= self._gamma(record)
-        new = {key: text for key, text in found.items() if key not in self.said}
-        self.said |= new.keys()
+        new = {key: text for key, text in found.items() if key not in self.warned}
+        self.warned |= new.keys()
         return list(new.values())
 
     def _gamma(self, record: dict) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Few-shot SuperGLUE, as appendix C.3 of the Sophia paper runs it.
+"""Command for few-shot SuperGLUE, as appendix C.3 of the Sophia paper runs it.
 
     python -m nanosophia.superglue --out_dir=out/gpt2-small-sophiag --tasks=boolq,cb,copa,rte
     python -m nanosophia.superglue --out_dir=RUN --data_dir=FOLDER  with FOLDER/BoolQ/val.jsonl, ...
@@ -32,7 +32,7 @@ from nanosophia.weights import Weights, foreign_weights, run_weights
 
 
 class Task(NamedTuple):
-    """One task: where its data lie, and how a row becomes text."""
+    """One task: its data's folder, and how a row becomes text."""
 
     folder: str  # of SuperGLUE's release
     instruction: str
@@ -75,7 +75,7 @@ class SuperGlueSettings(Settings):
                                     "transformers, a name on its hub")
     out_dir: str = knob("out", "folder of the run; receives superglue.json")
     tasks: str = knob("boolq,cb,copa,rte", "which, comma-separated")
-    data_dir: str = knob("", "folder of SuperGLUE's release; empty = fetched through datasets")
+    data_dir: str = knob("", "folder of SuperGLUE's release; empty = downloaded through datasets")
     shots: int = knob(2, "worked examples before each question", low=0)
     draws: int = knob(5, "sets of examples that are averaged", low=1)
     limit: int = knob(0, "questions per task, the first ones; 0 = all", low=0)
@@ -92,7 +92,7 @@ class SuperGlueSettings(Settings):
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
+    """Runs the command; exits with 2 and one line after a user's mistake."""
     settings, _ = load(SuperGlueSettings, argv, "python -m nanosophia.superglue [--key=value]")
     results = run(settings)
     print(table(results))
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(settings: SuperGlueSettings) -> dict[str, dict]:
-    """Accuracy by task: mean, spread, each draw, chance, questions, prompts that were cut."""
+    """Returns by task: mean accuracy, spread, each draw, chance, questions, prompts cut."""
     device = start_ranks(settings.device).device
     weights = run_weights(Path(settings.out_dir)) if settings.init_from == "resume" else \
         foreign_weights(settings.init_from)
@@ -121,7 +121,7 @@ def run(settings: SuperGlueSettings) -> dict[str, dict]:
 
 
 def read_rows(name: str, split: str, data_dir: str) -> list[dict]:
-    """Rows of a task, each with an integer `label`; raises ConfigError naming file and row."""
+    """Returns rows of a task with integer `label`s; raises ConfigError naming file and row."""
     task = TASKS[name]
     if data_dir:
         path = Path(data_dir) / task.folder / f"{split}.jsonl"
@@ -158,7 +158,7 @@ def _fetch(name: str, split: str) -> list[dict]:
 
 
 def prompt(task: Task, examples: list[dict], row: dict) -> str:
-    """Instruction, worked examples, and the question up to its answer."""
+    """Returns instruction, worked examples, and the question up to its answer."""
     def shown(one: dict) -> str:
         return f"Context: {task.context(one)}\nQuestion: {task.question(one)}\nAnswer:"
 
@@ -167,7 +167,7 @@ def prompt(task: Task, examples: list[dict], row: dict) -> str:
 
 
 def draw_examples(rows: list[dict], shots: int, seed: int, draw: int) -> list[dict]:
-    """The worked examples of one draw."""
+    """Returns the worked examples of one draw."""
     return random.Random(f"{seed} {draw}").sample(rows, min(shots, len(rows)))
 
 
@@ -182,8 +182,8 @@ def _run_task(task: Task, splits: dict[str, list[dict]], model: GPT, weights: We
         encoded = [tokenizer.encode_ordinary(prompt(task, examples, row)) for row in rows]
         highest = max(max(ids) for ids in encoded)
         if highest >= weights.num_classes:
-            raise CheckpointError(f"the prompts have id {highest}, the model knows "
-                                  f"{weights.num_classes}; its tokenizer is another one")
+            raise CheckpointError(f"the prompts have id {highest}, the model has "
+                                  f"{weights.num_classes} classes; its tokenizer is another one")
         cut += sum(len(ids) > room for ids in encoded)
         answers = _answers(model, tokenizer, [ids[-room:] for ids in encoded], settings,
                            weights.num_classes, f"{task.folder}, draw {draw + 1}")
@@ -198,31 +198,31 @@ def _run_task(task: Task, splits: dict[str, list[dict]], model: GPT, weights: We
 
 def _answers(model: GPT, tokenizer, prompts: list[list[int]], settings: SuperGlueSettings,
              num_classes: int, name: str) -> list[str]:
-    """What greedy decoding makes of each prompt: its first line, stripped, in lower case."""
+    """Returns the first line of each prompt's greedy continuation, stripped, in lower case."""
     by_length: dict[int, list[int]] = {}
-    for place, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(place)
-    found = [""] * len(prompts)
+    for index, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(index)
+    answers = [""] * len(prompts)
     device = next(model.parameters()).device
     bar = tqdm(total=len(prompts), desc=name, leave=False, disable=not sys.stderr.isatty())
-    for length, places in sorted(by_length.items()):
-        for start in range(0, len(places), settings.batch_size):
-            some = places[start:start + settings.batch_size]
-            ids = torch.tensor([prompts[place] for place in some], device=device)
+    for length, indices in sorted(by_length.items()):
+        for start in range(0, len(indices), settings.batch_size):
+            batch = indices[start:start + settings.batch_size]
+            ids = torch.tensor([prompts[index] for index in batch], device=device)
             out = generate(model, ids, ANSWER_TOKENS, temperature=0,
                            num_classes=min(num_classes, tokenizer.n_vocab),
                            stop_token=tokenizer.eot_token)
-            for place, row in zip(some, out[:, length:].tolist(), strict=True):
+            for index, row in zip(batch, out[:, length:].tolist(), strict=True):
                 ended = row.index(tokenizer.eot_token) if tokenizer.eot_token in row else None
                 text = tokenizer.decode(row[:ended]).strip()
-                found[place] = (text.splitlines() or [""])[0].strip().rstrip(".").lower()
-            bar.update(len(some))
+                answers[index] = (text.splitlines() or [""])[0].strip().rstrip(".").lower()
+            bar.update(len(batch))
     bar.close()
-    return found
+    return answers
 
 
 def table(results: dict[str, dict]) -> str:
-    """The results for a terminal or a Markdown file."""
+    """Returns the results as a Markdown table."""
     lines = ["| task | accuracy | ± | commonest answer | questions | prompts cut |",
              "|---|---|---|---|---|---|"]
     for name, r in results.items():

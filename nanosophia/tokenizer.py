@@ -1,6 +1,6 @@
-"""A tiktoken Encoding by name: "gpt2", or "bytes" (256 bytes and end-of-text); others by file.
+"""Tokenizers: tiktoken's "gpt2", "bytes" (256 bytes and end-of-text), or a tokenizer.json.
 
-GPT-2's byte-pair encoding needs two published files, which tiktoken fetches once and caches;
+GPT-2's byte-pair encoding needs two published files, which tiktoken downloads once and caches;
 "bytes" needs nothing. The path of a tokenizer.json, or a model's name on the hub, gives an object
 with the same methods through the `tokenizers` library (GPT-NeoX: EleutherAI/gpt-neox-20b).
 """
@@ -30,13 +30,14 @@ _GPT2_FILES = {
 
 
 class TokenizerError(UserError):
-    """The tokenizer cannot be had; the message says how to supply it."""
+    """The tokenizer is not available; the message says how to supply it."""
 
 
 def get_tokenizer(name: str):
-    """The encoding called `name`; its `n_vocab` counts the classes, `eot_token` ends text.
+    """Returns the encoding called `name`; `n_vocab` counts its classes, `eot_token` ends text.
 
-    Raises TokenizerError for an unknown name and when its files are neither at hand nor fetched.
+    Raises TokenizerError for an unknown name, or when its files are neither cached nor
+    downloadable.
     """
     if name == "bytes":
         return _bytes_encoding()
@@ -45,18 +46,18 @@ def get_tokenizer(name: str):
     import tiktoken
     _check_cache()
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # tiktoken fetches without one
+    socket.setdefaulttimeout(20)  # tiktoken downloads without one
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:
-        raise TokenizerError(f"GPT-2's tokenizer files could not be fetched "
+        raise TokenizerError(f"GPT-2's tokenizer files could not be downloaded "
                              f"({type(error).__name__}); {_how_to_supply()}") from error
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 def fingerprint(encoding) -> str:
-    """sha256 over the vocabulary, so that data and model can be matched."""
+    """Returns a sha256 over the vocabulary, so that data and model can be matched."""
     if isinstance(encoding, FileEncoding):
         return hashlib.sha256(encoding.json.encode()).hexdigest()
     digest = hashlib.sha256(encoding._pat_str.encode())
@@ -67,7 +68,7 @@ def fingerprint(encoding) -> str:
 
 
 def beside(folder: Path, name: str) -> str:
-    """The tokenizer's name as meta.json in `folder` gives it: a file is meant in that folder."""
+    """Returns a tokenizer's name from meta.json in `folder`; a file is one in that folder."""
     return str(folder / name) if name == FILE_NAME else name
 
 
@@ -75,7 +76,7 @@ FILE_NAME = "tokenizer.json"
 
 
 class FileEncoding:
-    """A tokenizer.json with the methods of tiktoken.Encoding that this project uses."""
+    """Wraps a tokenizer.json in the methods of tiktoken.Encoding that this project uses."""
 
     def __init__(self, name: str):
         """`name` is a path of a tokenizer.json or a name on the hub; raises TokenizerError."""
@@ -106,16 +107,16 @@ class FileEncoding:
         self.eot_token = eot
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of the text."""
+        """Returns ids of the text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_to_numpy(self, text: str, *, disallowed_special=()):
-        """Ids of the text as an array."""
+        """Returns ids of the text as an array."""
         import numpy as np
         return np.array(self.encode_ordinary(text), dtype=np.uint32)
 
     def encode(self, text: str, *, allowed_special=frozenset()) -> list[int]:
-        """Ids of the text, in which end-of-text is understood when it is allowed."""
+        """Returns ids of the text, in which end-of-text is recognised when it is allowed."""
         if EOT not in allowed_special:
             return self.encode_ordinary(text)
         first, *rest = text.split(EOT)
@@ -125,31 +126,31 @@ class FileEncoding:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids."""
+        """Returns the text of ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def byte_lengths(encoding) -> list[int]:
-    """Bytes of text that each id stands for; end-of-text stands for none."""
+    """Returns how many bytes of text each id stands for; end-of-text stands for none."""
     if isinstance(encoding, FileEncoding):
         letters = set(byte_letters().values())
         tokens = [encoding._tokenizer.id_to_token(i) or "" for i in range(encoding.n_vocab)]
-        found = [len(t) if set(t) <= letters else len(t.encode()) for t in tokens]
+        lengths = [len(t) if set(t) <= letters else len(t.encode()) for t in tokens]
     else:
-        found = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
-    found[encoding.eot_token] = 0
-    return found
+        lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
+    lengths[encoding.eot_token] = 0
+    return lengths
 
 
 def byte_letters() -> dict[int, str]:
-    """The printable character that stands for each byte in GPT-2's vocabulary files."""
+    """Returns the printable character that stands for each byte in GPT-2's vocabulary files."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 class TextStream:
-    """Ids one by one to text as soon as it is valid: characters of several tokens come whole."""
+    """Decodes ids one by one; a character of several tokens is returned when it is complete."""
 
     def __init__(self, encoding):
         self._encoding = encoding
@@ -160,13 +161,13 @@ class TextStream:
             self._pieces = DecodeStream(skip_special_tokens=False)
 
     def push(self, token: int) -> str:
-        """What this id completes, possibly nothing."""
+        """Returns the text that this id completes, possibly none."""
         if self._pieces is not None:
             return self._pieces.step(self._encoding._tokenizer, token) or ""
         return self._utf8.decode(self._encoding.decode_bytes([token]))
 
     def end(self) -> str:
-        """A replacement character where the last one stayed incomplete, else nothing."""
+        """Returns a replacement character if the last one stayed incomplete, else nothing."""
         return "" if self._pieces is not None else self._utf8.decode(b"", final=True)
 
 
@@ -178,7 +179,7 @@ def _bytes_encoding():
 
 
 def cache_dir() -> Path:
-    """The folder where tiktoken keeps its files."""
+    """Returns the folder where tiktoken keeps its files."""
     for variable in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"):
         if os.environ.get(variable):
             return Path(os.environ[variable])
@@ -186,7 +187,7 @@ def cache_dir() -> Path:
 
 
 def _check_cache() -> None:
-    """Refuses a damaged cached file, which tiktoken would delete and fetch again."""
+    """Refuses a damaged cached file, which tiktoken would delete and download again."""
     for cached, (published, sha256) in _GPT2_FILES.items():
         path = cache_dir() / cached
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:

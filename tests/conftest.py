@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from nanosophia.corpus import Documents, write_corpus
+from nanosophia.corpus import write_corpus
+from nanosophia.documents import Documents
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -26,7 +26,7 @@ ALLOWED = {
     "dataloader": {"configurator", "tokenizer"},
     "distributed": {"configurator"},
     "metrics": {"distributed", "files"},
-    "corpus": {"configurator", "files", "tokenizer"},
+    "corpus": {"configurator", "documents", "files", "tokenizer"},
     "options": {"model", "configurator"},
     "checkpoint": {"configurator", "distributed", "files"},
     "weights": {"model", "checkpoint", "options", "tokenizer"},
@@ -50,8 +50,9 @@ ALLOWED = {
     "resume": {"checkpoint", "configurator", "dataloader", "distributed", "files", "optimizers",
                "options", "tokenizer", "weights"},
     "summary": {"model", "dataloader", "distributed", "generate", "options", "tokenizer"},
+    "documents": {"configurator"},
 }
-WITHOUT_TORCH = {"configurator", "tokenizer", "corpus"}
+WITHOUT_TORCH = {"configurator", "tokenizer", "corpus", "documents", "files"}
 TORCH_ALONE = {"model", "sophia"}
 # Missing packages must not stop training: these may only be imported where they are used.
 LAZY = {"tiktoken", "datasets", "wandb", "transformers", "matplotlib", "pyarrow"}

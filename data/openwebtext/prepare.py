@@ -20,14 +20,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from nanosophia.configurator import command, knob, load  # noqa: E402
-from nanosophia.corpus import (  # noqa: E402
-    CorpusError,
-    Documents,
-    PrepareSettings,
-    hub_documents,
-    local_documents,
-    prepare,
-)
+from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
+from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
 
 VAL_FRACTION, VAL_SEED = 0.0005, 2357  # nanoGPT's
 PUBLISHED = dict(documents=8_013_769, train=9_035_582_198, val=4_434_897)  # nanoGPT's README
@@ -44,7 +38,7 @@ class OpenWebTextSettings(PrepareSettings):
 
 
 def validation_split(count: int) -> Callable[[int], str]:
-    """The split of document number n of `count`, as datasets' train_test_split chooses it."""
+    """Returns the split of document number n of `count`, as datasets' train_test_split does."""
     if count < 2:
         raise CorpusError(f"{count} document is not enough for a training and a validation split; "
                           "give at least 2")
@@ -67,7 +61,7 @@ def check_published(meta: dict) -> None:
 
 @command()
 def main(argv: list[str]) -> None:
-    """Prepares the corpus; exits with 2 and one line when it cannot."""
+    """Prepares the corpus; exits with 2 and one line when that fails."""
     settings, _ = load(OpenWebTextSettings, argv,
                             "python data/openwebtext/prepare.py [--key=value]")
 

@@ -16,14 +16,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from nanosophia.configurator import command, knob, load  # noqa: E402
-from nanosophia.corpus import (  # noqa: E402
-    CorpusError,
-    Documents,
-    PrepareSettings,
-    hub_documents,
-    local_documents,
-    prepare,
-)
+from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
+from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +33,7 @@ class PileSettings(PrepareSettings):
 
 
 def pile_documents(settings: PileSettings) -> Documents:
-    """Validation documents first, then training documents, each with its split's name."""
+    """Returns validation documents, then training documents, each with its split's name."""
     if settings.hub:
         parts = [hub_documents(settings.hub, hub_split, _all(split), streaming=settings.streaming)
                  for split, hub_split in (("val", settings.hub_val_split), ("train", "train"))]
@@ -65,7 +59,7 @@ def _all(split: str):
 
 @command()
 def main(argv: list[str]) -> None:
-    """Prepares the corpus; exits with 2 and one line when it cannot."""
+    """Prepares the corpus; exits with 2 and one line when that fails."""
     settings, _ = load(PileSettings, argv, "python data/pile/prepare.py [--key=value]")
     if prepare(settings, HERE, lambda: pile_documents(settings), settings.tokenizer):
         dataset = settings.out_dir or "pile"

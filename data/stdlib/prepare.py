@@ -18,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from nanosophia.configurator import command, load  # noqa: E402
-from nanosophia.corpus import CorpusError, Documents, PrepareSettings, prepare  # noqa: E402
+from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
+from nanosophia.documents import CorpusError, Documents  # noqa: E402# noqa: E402
 
 VAL_PER_MILLE = 50
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -26,7 +27,7 @@ SUFFIXES = {".py", ".txt", ".rst"}
 
 
 def stdlib_documents() -> Documents:
-    """The library's source and documentation, without tests and installed packages."""
+    """Returns the library's source and documentation, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = [(path, text) for path in sorted(root.rglob("*")) if _belongs(path.relative_to(root))
              and (text := _read(path)) is not None]
@@ -36,8 +37,8 @@ def stdlib_documents() -> Documents:
     def read(start: int) -> Iterator[tuple[str, str]]:
         for path, text in texts[start:]:  # a file's path decides its split
             digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-            place = int.from_bytes(digest[:4], "big") % 1000
-            yield ("val" if place < VAL_PER_MILLE else "train"), text
+            bucket = int.from_bytes(digest[:4], "big") % 1000
+            yield ("val" if bucket < VAL_PER_MILLE else "train"), text
 
     name = f"Python {platform.python_version()} standard library"
     return Documents(name, f"{name}, {len(texts)} files", len(texts), read)
@@ -56,7 +57,7 @@ def _read(path: Path) -> str | None:
 
 @command()
 def main(argv: list[str]) -> None:
-    """Prepares the corpus; exits with 2 and one line when it cannot."""
+    """Prepares the corpus; exits with 2 and one line when that fails."""
     settings, _ = load(PrepareSettings, argv, "python data/stdlib/prepare.py [--key=value]")
     if prepare(settings, HERE, stdlib_documents, "bytes"):
         print("next: python train.py config/quickstart.py")

@@ -4,7 +4,8 @@
     python data/text/prepare.py --input=notes.txt --tokenizer=bytes --out_dir=data/notes
 
 --input takes txt files (one document each), parquet and jsonl with a column `text`, folders and
-globs. Every so many documents one goes to the validation split; a single document is cut in two.
+globs. Every 1/val_fraction-th document goes to the validation split; a single document is cut in
+two.
 """
 
 import sys
@@ -17,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from nanosophia.configurator import command, knob, load  # noqa: E402
-from nanosophia.corpus import CorpusError, Documents, PrepareSettings, local_documents, prepare  # noqa: E402
+from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
+from nanosophia.documents import CorpusError, Documents, local_documents  # noqa: E402# noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class TextSettings(PrepareSettings):
 
 
 def text_documents(pattern: str, val_fraction: float) -> Documents:
-    """The files' documents, every 1/val_fraction-th for validation; one document is cut in two."""
+    """Returns the files' documents, every 1/val_fraction-th for validation; one is cut in two."""
     every = max(2, round(1 / val_fraction))
 
     def split(count: int):
@@ -69,7 +71,7 @@ def _cut(text: str, val_fraction: float) -> int:
 
 @command()
 def main(argv: list[str]) -> None:
-    """Prepares the corpus; exits with 2 and one line when it cannot."""
+    """Prepares the corpus; exits with 2 and one line when that fails."""
     settings, _ = load(TextSettings, argv,
                             "python data/text/prepare.py --input=FILES [--key=value]")
     meta = prepare(settings, HERE, lambda: text_documents(settings.input, settings.val_fraction),

@@ -1,0 +1,221 @@
+"""Reads documents in order, from parquet, jsonl and txt files or from the Hugging Face hub."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import BinaryIO
+
+from nanosophia.configurator import UserError
+
+
+class CorpusError(UserError):
+    """A corpus cannot be read or written; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """An ordered collection of documents that can be read from any document on."""
+
+    name: str  # for meta.json and messages
+    identity: str  # changes when the documents do, so that no half-done work is mixed
+    count: int | None  # None: not known beforehand
+    read: Callable[[int], Iterator[tuple[str, str]]]  # (split, text) from document number n on
+
+
+def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],
+                    column: str = "text") -> Documents:
+    """Returns the documents of local files: a column of parquet and jsonl files, whole txt files.
+
+    `pattern` is a comma-separated list of files, folders (searched recursively) and globs; parquet,
+    jsonl, jsonl.gz, jsonl.zst and txt. `split(count)` gives the function from a document's number
+    to its split. Raises CorpusError when nothing matches or a file cannot be read.
+    """
+    files = find_files(pattern)
+    counts = [_reader(path).count(path) for path in files]
+    total = sum(counts)
+    split_of = split(total)
+
+    def read(start: int) -> Iterator[tuple[str, str]]:
+        first = 0
+        for path, count in zip(files, counts, strict=True):
+            if start < first + count:
+                skip = max(0, start - first)
+                for row, text in enumerate(_reader(path).read(path, column, skip), first + skip):
+                    yield split_of(row), text
+            first += count
+
+    identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return Documents(pattern, hashlib.sha256(repr((identity, column)).encode()).hexdigest(), total,
+                     read)
+
+
+def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[int], str]], *,
+                  streaming: bool, column: str = "text") -> Documents:
+    """Returns the documents of a data set of the Hugging Face hub, or of a local folder like one.
+
+    `streaming` reads them without keeping a copy on the disk. Tries the hub's own parquet
+    conversion when the main revision is refused (it may hold only a loading script). Raises
+    CorpusError when neither can be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError("the package `datasets` is missing; run pip install -r requirements.txt, "
+                          "or give local files with --input") from None
+    errors = []
+    for revision in (None, "refs/convert/parquet"):
+        try:
+            rows = datasets.load_dataset(name, split=hub_split, revision=revision,
+                                         streaming=streaming)
+            count = _count_rows(rows, hub_split)
+            break
+        except Exception as error:  # the hub's clients raise of many kinds
+            first_line = str(error).strip().partition("\n")[0]
+            errors.append(f"{type(error).__name__}: {first_line}")
+    else:
+        raise CorpusError(f"{name} could not be loaded ({'; then '.join(errors)}); check the "
+                          "network, or give local files with --input=FILES")
+    split_of = split(count)
+
+    def read(start: int) -> Iterator[tuple[str, str]]:
+        rest = rows.skip(start) if start else rows
+        for row, example in enumerate(rest, start):
+            if not isinstance(example.get(column), str):
+                raise CorpusError(f"{name}, row {row}: no text in the column {column!r}")
+            yield split_of(row), example[column]
+
+    identity = f"{name} {hub_split} {count} {rows.info.version}"
+    return Documents(name, identity, count, read)
+
+
+def _count_rows(rows, hub_split: str) -> int:
+    if hasattr(rows, "__len__"):
+        return len(rows)
+    count = rows.info.splits[hub_split].num_examples if rows.info.splits else None
+    if count is None:
+        raise CorpusError("its number of documents is not known in advance; leave out --streaming")
+    return count
+
+
+def find_files(pattern: str) -> list[Path]:
+    """Returns files of a comma-separated list of files, folders and globs, each once, sorted."""
+    if not pattern:
+        raise CorpusError("no input: give --input=FILES (files, folders or globs)")
+    files = []
+    for part in filter(None, pattern.split(",")):
+        path = Path(part)
+        matches = ([p for p in path.rglob("*") if _reader(p)] if path.is_dir()
+                   else [Path(p) for p in glob(part, recursive=True)])
+        if not matches:
+            raise CorpusError(f"--input: {part} matches no file; give {', '.join(READERS)} files, "
+                              "a folder or a glob")
+        files += sorted(p for p in matches if p.is_file())
+    for path in files:
+        if _reader(path) is None:
+            raise CorpusError(f"--input: {path} is none of {', '.join(READERS)}")
+    return list(dict.fromkeys(files))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a kind of file is read: its number of documents, and its documents from number n on."""
+
+    count: Callable[[Path], int]
+    read: Callable[[Path, str, int], Iterator[str]]
+
+
+def _reader(path: Path) -> "Reader | None":
+    return next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
+
+
+def _open_parquet(path: Path):
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CorpusError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _read_parquet(path: Path, column: str, skip: int) -> Iterator[str]:
+    import pyarrow
+    file = _open_parquet(path)
+    if column not in file.schema_arrow.names:
+        raise CorpusError(f"{path} has no column {column!r}, only "
+                          f"{', '.join(file.schema_arrow.names)}")
+    groups, row = list(range(file.num_row_groups)), 0
+    while groups and row + file.metadata.row_group(groups[0]).num_rows <= skip:
+        row += file.metadata.row_group(groups.pop(0)).num_rows
+    try:
+        for batch in file.iter_batches(batch_size=64, columns=[column], row_groups=groups):
+            for value in batch.column(0):
+                if row >= skip:
+                    yield _text(value.as_py(), column, f"{path}, row {row}")
+                row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}, after row {row}: unreadable: {error}") from None
+
+
+def _open_lines(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        import pyarrow
+        return pyarrow.input_stream(str(path), compression="zstd")
+    return open(path, "rb")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number from 1, line) of the lines of a jsonl file that are not blank."""
+    import zlib
+    number = 0
+    try:
+        with _open_lines(path) as file:
+            rest = b""
+            while block := file.read(1 << 20):
+                *lines, rest = (rest + block).split(b"\n")
+                for line in lines:
+                    number += 1
+                    if line.strip():
+                        yield number, line
+            if rest.strip():
+                yield number + 1, rest
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path}, after line {number}: unreadable: {error}") from None
+
+
+def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[str]:
+    for document, (number, line) in enumerate(_lines(path)):
+        if document < skip:
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)[column]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorpusError(f"{where}: not a JSON object with {column!r}: {error}") from None
+        yield _text(value, column, where)
+
+
+def _text(value: object, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: {column} is {value!r}, not text")
+    return value
+
+
+def _read_txt(path: Path, column: str, skip: int) -> Iterator[str]:
+    if skip:
+        return
+    try:
+        yield path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise CorpusError(f"{path} is not readable UTF-8 text: {error}") from None
+
+
+_JSONL = Reader(lambda path: sum(1 for _ in _lines(path)), _read_jsonl)
+READERS = {".parquet": Reader(lambda path: _open_parquet(path).metadata.num_rows, _read_parquet),
+           ".jsonl": _JSONL, ".jsonl.gz": _JSONL, ".jsonl.zst": _JSONL,
+           ".txt": Reader(lambda path: 1, _read_txt)}

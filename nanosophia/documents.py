@@ -21,7 +21,7 @@ class Documents:
     """An ordered collection of documents that can be read from any document on."""
 
     name: str  # for meta.json and messages
-    identity: str  # changes when the documents do, so that no half-done work is mixed
+    identity: str  # changes when the documents do, so that unfinished work is not mixed
     count: int | None  # None: not known beforehand
     read: Callable[[int], Iterator[tuple[str, str]]]  # (split, text) from document number n on
 

@@ -12,22 +12,26 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
-from model import GPTConfig
 from nanosophia.checkpoint import CheckpointError, checkpoint_folders, run_state, save
 from nanosophia.configurator import ConfigError, Settings, command, knob, load
 from nanosophia.files import write_text
 from nanosophia.options import Config
 from nanosophia.tokenizer import EOT, byte_letters, get_tokenizer
-from nanosophia.weights import ACTIVATIONS, TRANSPOSED, Weights, foreign_weights, run_weights
+from nanosophia.weights import (
+    Weights,
+    check_exportable,
+    foreign_weights,
+    run_weights,
+    to_transformers,
+    transformers_config,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,53 +83,6 @@ def export(settings: HuggingFaceSettings) -> Path:
     _write_tokenizer(folder, weights.tokenizer, tokenizer, weights.config.block_size)
     write_text(folder / "README.md", model_card(weights, settings))
     return folder
-
-
-# GPTConfig's fields that transformers' GPT-2 can be told of.
-EXPORTED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
-            "activation", "scale_attn_by_inverse_layer_idx"}
-
-
-def check_exportable(config: GPTConfig, name: str) -> None:
-    """Raises CheckpointError when transformers' GPT-2 cannot compute the model called `name`."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name not in EXPORTED and value != f.default:
-            raise CheckpointError(f"{name} has {f.name} = {value!r}, which transformers' GPT-2 "
-                                  "cannot compute; the export would be another model")
-
-
-def to_transformers(weights: Weights) -> dict[str, Tensor]:
-    """Returns parameters under transformers' names, without padding, absent biases as zeros."""
-    found = {}
-    for name, x in weights.tensors.items():
-        if name == "transformer.wte.weight":
-            x = x[:weights.num_classes]
-        found[name] = (x.t() if name.endswith(TRANSPOSED) else x).contiguous()
-    width = weights.config.n_embd
-    sizes = dict(c_attn=3 * width, c_fc=4 * width)
-    for name in list(found):
-        bias = name.removesuffix("weight") + "bias"
-        if name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
-            found.setdefault(bias, torch.zeros(sizes.get(name.split(".")[-2], width)))
-    return found
-
-
-def transformers_config(weights: Weights, eot: int) -> dict:
-    """Returns config.json of the model."""
-    config = weights.config
-    return dict(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
-        n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-        n_positions=config.block_size, n_ctx=config.block_size, n_inner=None,
-        vocab_size=weights.num_classes, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-        activation_function=next(theirs for theirs, ours in ACTIVATIONS.items()
-                                 if ours == config.activation),
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
-        reorder_and_upcast_attn=False, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
-        resid_pdrop=config.dropout, bos_token_id=eot, eos_token_id=eot,
-        nanosophia_bias=config.bias)
 
 
 def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None:

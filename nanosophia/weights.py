@@ -1,4 +1,4 @@
-"""Weights of a run, of nanoGPT, of transformers' GPT-2, under this project's names.
+"""Weights of a run, of nanoGPT, of transformers' GPT-2 under this project's names, and back.
 
 Nothing in a file is executed. Knows nothing of training.
 """
@@ -187,6 +187,53 @@ def _transformers_weights(folder: Path) -> Weights:
     plain = config["vocab_size"] == GPT2_CLASSES or not file.exists()
     return Weights(str(folder), tensors, ours, "gpt2" if plain else str(file),
                    config["vocab_size"], {})
+
+
+# GPTConfig's fields that transformers' GPT-2 can be told of.
+EXPORTED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
+            "activation", "scale_attn_by_inverse_layer_idx"}
+
+
+def check_exportable(config: GPTConfig, name: str) -> None:
+    """Raises CheckpointError when transformers' GPT-2 cannot compute the model called `name`."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in EXPORTED and value != f.default:
+            raise CheckpointError(f"{name} has {f.name} = {value!r}, which transformers' GPT-2 "
+                                  "cannot compute; the export would be another model")
+
+
+def to_transformers(weights: Weights) -> dict[str, Tensor]:
+    """Returns parameters under transformers' names, without padding, absent biases as zeros."""
+    found = {}
+    for name, x in weights.tensors.items():
+        if name == "transformer.wte.weight":
+            x = x[:weights.num_classes]
+        found[name] = (x.t() if name.endswith(TRANSPOSED) else x).contiguous()
+    width = weights.config.n_embd
+    sizes = dict(c_attn=3 * width, c_fc=4 * width)
+    for name in list(found):
+        bias = name.removesuffix("weight") + "bias"
+        if name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
+            found.setdefault(bias, torch.zeros(sizes.get(name.split(".")[-2], width)))
+    return found
+
+
+def transformers_config(weights: Weights, eot: int) -> dict:
+    """Returns config.json of the model."""
+    config = weights.config
+    return dict(
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
+        n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+        n_positions=config.block_size, n_ctx=config.block_size, n_inner=None,
+        vocab_size=weights.num_classes, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+        activation_function=next(theirs for theirs, ours in ACTIVATIONS.items()
+                                 if ours == config.activation),
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
+        reorder_and_upcast_attn=False, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
+        resid_pdrop=config.dropout, bos_token_id=eot, eos_token_id=eot,
+        nanosophia_bias=config.bias)
 
 
 def _download(name: str) -> Path:

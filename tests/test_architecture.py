@@ -15,7 +15,7 @@ ALLOWED = {
     "sophia": set(),
     "train": {"model", "checkpoint", "chunked_loss", "configurator", "dataloader", "distributed",
               "dry_run", "estimators", "evaluation", "guard", "metrics", "optimizers", "options",
-              "resume", "summary", "tokenizer", "weights"},
+              "resume", "run_lock", "summary", "tokenizer", "weights"},
     "bench": {"model", "sophia", "baselines", "configurator", "controlled_gamma", "dataloader",
               "distributed", "files", "metrics", "optimizers", "options", "resume", "tokenizer",
               "train", "update_rules"},
@@ -36,8 +36,7 @@ ALLOWED = {
                 "tokenizer"},
     "superglue": {"model", "checkpoint", "configurator", "distributed", "files", "generate",
                   "tokenizer", "weights"},
-    "huggingface": {"model", "checkpoint", "configurator", "files", "options", "tokenizer",
-                    "weights"},
+    "huggingface": {"checkpoint", "configurator", "files", "options", "tokenizer", "weights"},
     "files": set(),
     "chunked_loss": {"model"},
     "generate": {"model"},
@@ -51,6 +50,7 @@ ALLOWED = {
                "options", "tokenizer", "weights"},
     "summary": {"model", "dataloader", "distributed", "generate", "options", "tokenizer"},
     "documents": {"configurator"},
+    "run_lock": {"checkpoint"},
 }
 WITHOUT_TORCH = {"configurator", "tokenizer", "corpus", "documents", "files"}
 TORCH_ALONE = {"model", "sophia"}

@@ -22,7 +22,6 @@ import train
 from nanosophia import checkpoint
 from nanosophia.checkpoint import (
     CheckpointError,
-    RunLock,
     Saver,
     checkpoint_folders,
     load_latest,
@@ -30,6 +29,7 @@ from nanosophia.checkpoint import (
 )
 from nanosophia.corpus import write_corpus
 from nanosophia.distributed import Ranks
+from nanosophia.run_lock import RunLock
 from tests.conftest import ROOT, listed, run_train, torchrun
 from tests.faults import child
 

@@ -305,7 +305,8 @@ def record_and_loop(run: Run, data: Dataset, lock: RunLock, out_dir: Path,
                     first_step: int) -> None:
     """Opens what the loop writes to, runs it, and closes everything."""
     config, ranks = run.config, run.ranks
-    if config.sample_tokens:
+    draws_sample = config.sample_tokens > 0 and not run.sharded
+    if draws_sample:
         get_tokenizer(data.tokenizer)  # better missed now than after training
     on_main(ranks, lock.take, CheckpointError)
     on_main(ranks, lambda: write_config(config), CheckpointError)
@@ -323,7 +324,7 @@ def record_and_loop(run: Run, data: Dataset, lock: RunLock, out_dir: Path,
         recorder.close()
         saver.close()
     if ranks.is_main:
-        if config.sample_tokens:
+        if draws_sample:
             print_sample(config, run.model, data, ranks.device)
         print_next_steps(out_dir)
 

@@ -134,7 +134,6 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     config = resolve_vocab_size(config, sources, data)
     if config.parallel == "fsdp" and ranks.world_size > 1 and config.sample_tokens:
         notes.append("no sample is drawn from a sharded model at the end; use sample.py")
-        config = replace(config, sample_tokens=0)
     return Start(config, data, weights, checkpoint, [*notes, *filter(None, [data.note])])
 
 

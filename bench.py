@@ -1,12 +1,11 @@
-"""Times train.py's own step, and optimizer steps, as ratios within one run.
+"""Times train.py's own training step for several settings, as ratios within one run.
 
     python bench.py config/train_gpt2_30m_sophiag.py --json=FILE
     python bench.py CONFIG --compare="plain; optimizer=adamw; optimizer=sophiag; optimizer=sophiag,\
         hessian_chunks=12,hessian_batch_size=48" --profile=trace.json
     python bench.py --against=FILE
-    python bench.py CONFIG --what=optimizers
 
-A training contender is a list of settings laid over the config, or `plain`: a nanoGPT-shaped loop
+A contender is a list of settings laid over the config, or `plain`: a nanoGPT-shaped loop
 on the same model. The first is what the others are compared with. Each runs one whole Hessian cycle
 in turn, round after round, on random tokens (or on --dataset with --real_data); a ratio is taken
 within a round, and the median over rounds is shown with the smallest and largest. On the CPU ratios
@@ -22,16 +21,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend
 
 import train
-from model import GPT
 from nanosophia.configurator import ConfigError, command, knob, load
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import start_ranks, world_size
@@ -39,17 +37,13 @@ from nanosophia.files import write_text
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import (
     OPTIMIZERS,
-    Lion,
     check,
     cosine_lr,
-    parameter_groups,
     with_own_defaults,
 )
-from nanosophia.options import Config, padded_vocab_size
+from nanosophia.options import Config
 from nanosophia.tokenizer import GPT2_CLASSES
-from sophia import Sophia
 
-BASELINE = "AdamW, torch fused"
 PLAIN = "plain"
 
 
@@ -57,11 +51,9 @@ PLAIN = "plain"
 class BenchSettings(Config):
     """train.py's settings and what this command adds."""
 
-    what: Literal["training", "optimizers"] = knob(
-        "training", "train.py's step, or optimizers alone", section="benchmark")
     compare: str = knob("optimizer=adamw; optimizer=sophiag; optimizer=sophiah",
                         "contenders: plain, or settings, comma-separated; contenders by "
-                        "semicolons")
+                        "semicolons", section="benchmark")
     against: str = knob("", "a file of --json: run its command again and compare the ratios")
     tolerance: float = knob(0.1, "growth of a ratio that --against lets pass", low=0)
     repeats: int = knob(9, "rounds that are timed", low=3)
@@ -79,19 +71,14 @@ def main(argv: list[str]) -> None:
         stored = _stored(settings.against)
         settings, sources = load(BenchSettings, [*stored["command"], *argv], "bench.py")
         names = [part.strip() for part in settings.compare.split(";") if part.strip()]
-        if settings.what != "training" or names != list(stored["rows"]):
+        if names != list(stored["rows"]):
             raise ConfigError(f"--against={settings.against} compares "
-                              f"{'; '.join(stored['rows'])}; leave --compare and --what out",
-                              "compare", "what")
-    if settings.what == "optimizers":
-        report = bench_optimizers(settings)
-        print(table(report))
-    else:
-        report = bench_training(settings, sources)
-        given = [*stored["command"], *argv] if stored else argv
-        report["command"] = [a for a in given if not a.startswith(
-            ("--json=", "--against=", "--tolerance="))]
-        print(training_table(report))
+                              f"{'; '.join(stored['rows'])}; leave --compare out", "compare")
+    report = bench_training(settings, sources)
+    given = [*stored["command"], *argv] if stored else argv
+    report["command"] = [a for a in given if not a.startswith(
+        ("--json=", "--against=", "--tolerance="))]
+    print(training_table(report))
     if settings.json:
         write_text(Path(settings.json), json.dumps(report, indent=1) + "\n")
     if stored and not print_growth(stored, report, settings.tolerance):
@@ -107,7 +94,7 @@ def bench_training(settings: BenchSettings, sources: dict[str, str]) -> dict:
         raise ConfigError("compare names no contender; give settings such as optimizer=adamw",
                           "compare")
     cycle = max(config.hessian_interval for config in contenders.values())
-    clock, rounds, rows = _both_clocks(ranks.device), [], {}
+    rounds, rows = [], {}
     runs, steps = {}, {}
     for name, config in contenders.items():
         data = open_dataset(config.dataset, config.block_size) if settings.real_data else \
@@ -118,11 +105,11 @@ def bench_training(settings: BenchSettings, sources: dict[str, str]) -> dict:
         runs[name] = run = train.build_run(config, ranks, data)
         steps[name] = _plain_loop(run, data.train) if name == PLAIN else \
             lambda step, run=run: train.train_step(run, step)
-        first = clock(lambda: steps[name](0))[1]  # noqa: B023 (called at once)
+        first = time_action(lambda: steps[name](0), ranks.device).wall  # noqa: B023
         _cycle(steps[name], 1, cycle - 1)
         rows[name] = dict(first_step_s=first, peak_bytes=_peak_bytes(ranks.device))
     for number in range(1, settings.repeats + 1):
-        rounds.append({name: _timed_cycle(run, steps[name], number * cycle, cycle, clock)
+        rounds.append({name: _timed_cycle(run, steps[name], number * cycle, cycle)
                        for name, run in runs.items()})
     optimizers = _optimizer_times(runs, settings.repeats)
     baseline = next(iter(contenders))
@@ -147,7 +134,8 @@ def bench_training(settings: BenchSettings, sources: dict[str, str]) -> dict:
     if settings.profile:
         _profile(steps[name], ranks.device, cycle, settings.profile)
     return dict(rows=rows, repeats=len(rounds), cycle=cycle,
-                **_environment(ranks.device, next(iter(runs.values()))), peak_flops=peak,
+                **environment(ranks.device), attention=_attention(next(iter(runs.values()))),
+                peak_flops=peak,
                 parameters=run.model.num_params(non_embedding=False),
                 flops_per_token=run.model.flops_per_token(),
                 tokens_per_step=run.config.tokens_per_step, dtype=run.config.dtype)
@@ -191,7 +179,6 @@ def _optimizer_times(runs: dict[str, train.Run], repeats: int) -> dict[str, dict
     """Milliseconds of each run's optimizer step, and as a ratio to torch's fused AdamW in turn."""
     found = {}
     for name, run in runs.items():
-        clock = _clock(run.ranks.device)
         params = [p for group in run.optimizer.param_groups for p in group["params"]]
         fused = dict(fused=True) if run.ranks.device.type in ("cpu", "cuda") else {}
         adamw = torch.optim.AdamW([p.detach().clone() for p in params], **fused)
@@ -199,9 +186,10 @@ def _optimizer_times(runs: dict[str, train.Run], repeats: int) -> dict[str, dict
             ours.grad = theirs.grad = torch.randn_like(ours)
         for step in (run.optimizer.step, adamw.step):
             step()
-        times = [(clock(run.optimizer.step), clock(adamw.step)) for _ in range(repeats)]
+        times = [(time_action(run.optimizer.step, run.ranks.device).compared,
+                  time_action(adamw.step, run.ranks.device).compared) for _ in range(repeats)]
         run.optimizer.zero_grad(set_to_none=True)
-        found[name] = dict(optimizer_ms=statistics.median(t for t, _ in times),
+        found[name] = dict(optimizer_ms=1e3 * statistics.median(t for t, _ in times),
                            optimizer_ratio=statistics.median(t / base for t, base in times))
     return found
 
@@ -212,8 +200,8 @@ def _stored(path: str) -> dict:
         report["command"], report["rows"]  # what is needed of it
         return report
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--against={path} is no file that bench.py --what=training --json "
-                          f"wrote: {error}") from None
+        raise ConfigError(f"--against={path} is no file that bench.py --json wrote: "
+                          f"{error}") from None
 
 
 def print_growth(stored: dict, report: dict, tolerance: float) -> bool:
@@ -261,26 +249,34 @@ def _cycle(step: Callable[[int], object], first: int, steps: int) -> None:
 
 
 def _timed_cycle(run: train.Run, step: Callable[[int], object], first: int, steps: int,
-                 clock) -> dict[str, float]:
+                 ) -> dict[str, float]:
     """Seconds of one cycle from a step with an estimate on, its plain step and its estimate."""
     run.batches.seconds_waited = 0.0
-    times = [clock(lambda number=number: step(number)) for number in range(first, first + steps)]
+    times = [time_action(lambda number=number: step(number), run.ranks.device)
+             for number in range(first, first + steps)]
     plain = statistics.median(t for t, _ in times[1:]) if steps > 1 else times[0][0]
     return dict(cycle=sum(t for t, _ in times), wall=sum(w for _, w in times), step=plain,
                 first_wall=times[0][1], estimate=max(0.0, times[0][0] - plain),
                 waited=run.batches.seconds_waited)
 
 
-def _both_clocks(device: torch.device):
-    """A function that gives (seconds to compare, seconds of wall time) of its argument."""
-    timed = _clock(device)
+class Elapsed(NamedTuple):
+    """Seconds of one call."""
 
-    def clock(action) -> tuple[float, float]:
-        began = time.perf_counter()
-        compared = timed(action) / 1e3
-        return compared, time.perf_counter() - began
+    compared: float  # what ratios are of: processor time on the CPU, wall time on CUDA
+    wall: float
 
-    return clock
+
+def time_action(action: Callable[[], object], device: torch.device) -> Elapsed:
+    """Calls `action` and returns how long it took; synchronises with a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wall, processor = time.perf_counter(), time.process_time()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return Elapsed(wall if device.type == "cuda" else processor, wall)
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -327,14 +323,15 @@ def training_table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _environment(device: torch.device, run: train.Run | None = None) -> dict:
+def environment(device: torch.device) -> dict:
+    """Returns the device, the versions and the threads that times depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     found = dict(device=str(device), device_name=name or platform.machine(),
                  threads=torch.get_num_threads(), torch=torch.__version__,
                  python=platform.python_version())
     if device.type == "cuda":
         found |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    return found | (dict(attention=_attention(run)) if run else {})
+    return found
 
 
 def _attention(run: train.Run) -> str:
@@ -345,104 +342,6 @@ def _attention(run: train.Run) -> str:
                     device=run.ranks.device, requires_grad=True)
     backend = SDPBackend(torch._fused_sdp_choice(q, q, q, None, c.dropout, True))
     return backend.name.lower().removesuffix("_attention")
-
-
-def bench_optimizers(settings: BenchSettings) -> dict:
-    """Milliseconds and ratios of each contender's step; compile time in seconds; environment."""
-    device = start_ranks(settings.device).device
-    vocab_size = settings.vocab_size or padded_vocab_size(GPT2_CLASSES)
-    model = GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    contenders = _contenders(settings, model)
-    clock = _clock(device)
-    first_ms = {name: _wall_ms(step) for name, step in contenders.items()}
-    for step in contenders.values():
-        clock(step)
-    rounds = [{name: clock(step) for name, step in contenders.items()}
-              for _ in range(settings.repeats)]
-    rows = {}
-    for name in contenders:
-        ratios = sorted(r[name] / r[BASELINE] for r in rounds)
-        rows[name] = dict(ms=statistics.median(r[name] for r in rounds),
-                          ratio=statistics.median(ratios), least=ratios[0], most=ratios[-1],
-                          first_ms=first_ms[name])
-    return dict(rows=rows, parameters=model.num_params(non_embedding=False), repeats=len(rounds),
-                **_environment(device))
-
-
-def _contenders(settings: BenchSettings, model: GPT) -> dict[str, Callable[[], object]]:
-    def groups(**extra):
-        return [group | extra for group in parameter_groups(model, settings)]
-
-    def sophia(**extra):
-        optimizer = Sophia(groups(**extra))
-        optimizer.update_hessian([torch.rand_like(p) for p in optimizer.parameters()])
-        return optimizer
-
-    def refreshing(optimizer: Sophia):
-        def step():  # as the step after an estimate does
-            optimizer._estimated = True
-            optimizer.step()
-        return step
-
-    eager, compiled = sophia(), sophia(compiled=True)
-    controlled = dict(compiled=True, gamma_target=0.9)
-    tensors, rows = sophia(**controlled), sophia(**controlled)
-    for group in rows.param_groups:
-        group["gamma_rows"] = group["kind"] == "embedding"
-    # The estimate that update_hessian is handed may be any tensors of the right shapes.
-    estimates = [p.detach() for p in eager.parameters()]
-    on = dict(fused=True) if model.transformer.wte.weight.device.type in ("cpu", "cuda") else {}
-    return {
-        BASELINE: torch.optim.AdamW(groups(), **on).step,
-        "AdamW, torch foreach": torch.optim.AdamW(groups(), foreach=True).step,
-        "Lion": Lion(groups()).step,
-        "Sophia, eager": eager.step,
-        "Sophia, compiled": compiled.step,
-        "Sophia, compiled, gamma per tensor, no refresh": tensors.step,
-        "Sophia, compiled, gamma per tensor, refresh": refreshing(tensors),
-        "Sophia, compiled, embedding by rows, no refresh": rows.step,
-        "Sophia, compiled, embedding by rows, refresh": refreshing(rows),
-        "Sophia, update_hessian": lambda: eager.update_hessian(estimates),
-    }
-
-
-def _wall_ms(action: Callable) -> float:
-    """With compilation, which works in other processes too."""
-    start = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _clock(device: torch.device) -> Callable[[Callable], float]:
-    """A function that gives the milliseconds that its argument takes."""
-    def cpu(action) -> float:
-        start = time.process_time()
-        action()
-        return 1e3 * (time.process_time() - start)
-
-    def cuda(action) -> float:
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        action()
-        torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
-
-    return cuda if device.type == "cuda" else cpu
-
-
-def table(report: dict) -> str:
-    """The report as a Markdown table."""
-    lines = [f"{report['parameters'] / 1e6:.1f}M parameters, {report['device']} "
-             f"({report['device_name']}), {report['threads']} threads, torch {report['torch']}, "
-             f"{report['repeats']} rounds", "",
-             "| optimizer step | ms | x fused AdamW | least-most | first call, ms |",
-             "|---|---|---|---|---|"]
-    for name, row in report["rows"].items():
-        lines.append(f"| {name} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['least']:.2f}-"
-                     f"{row['most']:.2f} | {row['first_ms']:.0f} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,3 @@ def test_each_contender_has_its_own_defaults_and_flags_win():
     (["--against=nothing.json"], "wrote: ")])
 def test_mistakes_are_refused_in_words(refused, flags, words):
     assert words in refused(bench.main, [*SMALL, *flags])
-
-
-def test_optimizers_are_timed_alone(capsys):
-    bench.main([*SMALL, "--what=optimizers"])
-    assert "| AdamW, torch fused | " in capsys.readouterr().out

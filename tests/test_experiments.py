@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 
-from experiments import compare, figures, gamma, runs, study, theory, toy
+from experiments import compare, figures, gamma, optimizer_steps, runs, study, theory, toy
 from experiments.runs import Cell, Result, RunError
 from nanosophia.configurator import load
 
@@ -498,3 +498,13 @@ def test_the_study_lists_runs_that_train_takes():
     assert len({cell.name for cell in cells}) == len(cells)
     for cell in cells:
         assert cell.config().max_iters > cell.config().warmup_iters
+
+
+def test_each_optimizers_step_is_timed_alone(tmp_path, capsys):
+    optimizer_steps.main(["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16",
+                          "--vocab_size=320", "--device=cpu", "--repeats=3",
+                          f"--json={tmp_path / 'steps.json'}"])
+    assert "| AdamW, torch fused | " in capsys.readouterr().out
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert rows.pop("AdamW, torch fused")["ratio"] == 1
+    assert all(0 < row["least"] <= row["ratio"] <= row["most"] for row in rows.values())

@@ -12,7 +12,7 @@ training steps.
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -47,19 +47,8 @@ class Contender:
     prepare: Callable[[], object] = lambda: None
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one contender."""
-
-    ms: float
-    ratio: float  # of its time to the baseline's in the same round: the median, then the extremes
-    least: float
-    most: float
-    first_ms: float  # wall time of the first call
-
-
 def measure(settings: OptimizerStepsSettings) -> dict:
-    """Returns the report: a Row for each contender, as a dictionary, and the environment."""
+    """Times all contenders and returns the report: medians over the rounds, and the environment."""
     device = start_ranks(settings.device).device
     vocab_size = settings.vocab_size or padded_vocab_size(GPT2_CLASSES)
     model = GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
@@ -80,9 +69,8 @@ def measure(settings: OptimizerStepsSettings) -> dict:
     rows = {}
     for name in contenders:
         ratios = [times[name] / times[BASELINE] for times in rounds]
-        rows[name] = asdict(Row(ms=1e3 * median(times[name] for times in rounds),
-                                ratio=median(ratios), least=min(ratios), most=max(ratios),
-                                first_ms=1e3 * first[name]))
+        rows[name] = dict(ms=1e3 * median(times[name] for times in rounds), ratio=median(ratios),
+                          least=min(ratios), most=max(ratios), first_ms=1e3 * first[name])
     return dict(rows=rows, parameters=model.num_params(non_embedding=False), repeats=len(rounds),
                 **environment(device))
 

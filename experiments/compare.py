@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.plot import COLOURS, pyplot
-from experiments.runs import Cell, RunSettings, by_name, mean, scaled
+from experiments.runs import RunSettings, RunSpec, by_name, mean, scaled_flags
 from nanosophia.configurator import ConfigError, command, knob, load
 
 
@@ -55,7 +55,7 @@ class CompareSettings(RunSettings):
     def lengths(self) -> list[int]:
         """The baseline's Ts."""
         return [int(x) for x in numbers(self, "max_iters", empty=True)] or \
-            [Cell("", self.contender(self.baseline)).config().max_iters]
+            [RunSpec("", self.contender(self.baseline)).config().max_iters]
 
     def contender(self, text: str) -> tuple[str, ...]:
         """train.py's arguments of a contender, with those for every run."""
@@ -82,22 +82,22 @@ def flags(contender: str) -> tuple[str, ...]:
 
 
 def one(settings: CompareSettings, name: str, contender: str, steps: int, seed: int,
-        **more) -> Cell:
-    """The cell of a contender at a length, evaluated at least ten times."""
+        **more) -> RunSpec:
+    """The spec of a contender at a length, evaluated at least ten times."""
     given = settings.contender(contender)
-    every = min(Cell("", given).config().eval_interval, max(1, steps // 10))
-    return Cell(f"{name}_s{seed}", scaled(given, steps, seed=seed, eval_interval=every,
-                                          keep_warmup=settings.warmup == "steps", **more))
+    every = min(RunSpec("", given).config().eval_interval, max(1, steps // 10))
+    return RunSpec(f"{name}_s{seed}", scaled_flags(given, steps, seed=seed, eval_interval=every,
+                                                   keep_warmup=settings.warmup == "steps", **more))
 
 
 ALIKE = ("dataset", "block_size", "eval_windows")  # or the losses are not of the same thing
 
 
-def carry_out_all(settings: CompareSettings) -> dict:
+def run_comparison(settings: CompareSettings) -> dict:
     """Runs what is missing; {T: {"ladder": {rate: Result}, "baseline": [Result],
     ratio: [Result]}}. Raises ConfigError, before anything has run, where a run would be refused or
     the contenders cannot be compared."""
-    first, second = (Cell("", settings.contender(text)).config()
+    first, second = (RunSpec("", settings.contender(text)).config()
                      for text in (settings.baseline, settings.candidate))
     for key in ALIKE:
         if getattr(first, key) != getattr(second, key):
@@ -107,21 +107,21 @@ def carry_out_all(settings: CompareSettings) -> dict:
     rates = [first.learning_rate * x for x in numbers(settings, "rates")]
     lengths, ratios = settings.lengths(), numbers(settings, "ratios")
 
-    def baseline(T: int, rate: float, seed: int) -> Cell:
+    def baseline(T: int, rate: float, seed: int) -> RunSpec:
         return one(settings, f"baseline_T{T}_lr{rate:.6g}", settings.baseline, T, seed,
                    learning_rate=rate)
 
-    def candidate(T: int, ratio: float, seed: int) -> Cell:
+    def candidate(T: int, ratio: float, seed: int) -> RunSpec:
         return one(settings, f"candidate_{ratio:g}T{T}", settings.candidate, round(ratio * T), seed)
 
     seeds = range(settings.seeds)
     tried = [baseline(T, rate, 0) for T in lengths for rate in rates]
     judged = [candidate(T, ratio, s) for T in lengths for ratio in ratios for s in seeds]
-    settings.check_cells([*tried, *judged])
-    ladder = by_name(settings.carry_out(tried))
+    settings.check_specs([*tried, *judged])
+    ladder = by_name(settings.run_all(tried))
     best = {T: min(rates, key=lambda rate, T=T: ladder[baseline(T, rate, 0).name].loss)
             for T in lengths}
-    rest = by_name(settings.carry_out(
+    rest = by_name(settings.run_all(
         [baseline(T, best[T], s) for T in lengths for s in seeds] + judged))
     return {T: {"ladder": {rate: ladder[baseline(T, rate, 0).name] for rate in rates},
                 "baseline": [rest[baseline(T, best[T], s).name] for s in seeds],
@@ -253,7 +253,7 @@ def main(argv: list[str]) -> None:
     settings, _ = load(CompareSettings, argv, "python -m experiments.compare --baseline=CONFIG "
                                               "--candidate=CONFIG [--key=value]")
     pyplot()  # better missed now than after the runs
-    found = carry_out_all(settings)
+    found = run_comparison(settings)
     text, out = markdown(settings, found), Path(settings.out_dir)
     (out / "comparison.md").write_text(text)
     (out / "comparison.json").write_text(json.dumps(rows(found), indent=1) + "\n")

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from experiments.gamma import climb
+from experiments.gamma import sweep_lr
 from experiments.plot import COLOURS, STYLES, pyplot
-from experiments.runs import Cell, Result, RunSettings, by_name, scaled
+from experiments.runs import Result, RunSettings, RunSpec, by_name, scaled_flags
 from nanosophia.configurator import command, knob, load
 
 # What the small preset lays over a config of the paper. Its steps are 240 times smaller in tokens,
@@ -47,10 +47,10 @@ class FigureSettings(RunSettings):
     max_iters: int = knob(0, "steps of every run; 0 = the preset's", low=0)
 
 
-def cell(settings: FigureSettings, name: str, file: str, **changes) -> Cell:
+def run_spec(settings: FigureSettings, name: str, file: str, **changes) -> RunSpec:
     """A run of a config under the preset and the user's flags, with what the figure changes."""
     file = f"config/{file}.py"
-    config, values = Cell("", (file,)).config(), {}
+    config, values = RunSpec("", (file,)).config(), {}
     if settings.preset == "small":
         values = SMALL | dict(
             batch_size=max(1, SMALL["total_batch_size"] // settings.nproc_per_node),
@@ -64,9 +64,9 @@ def cell(settings: FigureSettings, name: str, file: str, **changes) -> Cell:
             changes[key] = values.get(key, getattr(config, key)) * changes.pop(f"{key}_times")
     preset = (file, *_as_flags(values), *settings.extra)
     if settings.max_iters:
-        preset = scaled(preset, settings.max_iters)
+        preset = scaled_flags(preset, settings.max_iters)
         changes = {k: v for k, v in changes.items() if k not in ("max_iters", "warmup_iters")}
-    return Cell(f"{settings.preset}_{name}", (*preset, *_as_flags(changes)))
+    return RunSpec(f"{settings.preset}_{name}", (*preset, *_as_flags(changes)))
 
 
 def _as_flags(values: dict) -> tuple[str, ...]:
@@ -81,11 +81,11 @@ class Found(NamedTuple):
     draw: Callable
 
 
-def curves(settings: FigureSettings, cells: dict[str, Cell], x: str = "step",
+def curves(settings: FigureSettings, specs: dict[str, RunSpec], x: str = "step",
            also: dict[str, Callable[[Result], str]] | None = None) -> Found:
-    """Runs the cells; validation losses over steps or FLOPs."""
-    found = by_name(settings.carry_out(list(cells.values())))
-    results = {label: found[c.name] for label, c in cells.items()}
+    """Runs the specs; validation losses over steps or FLOPs."""
+    found = by_name(settings.run_all(list(specs.values())))
+    results = {label: found[c.name] for label, c in specs.items()}
     also = also or {}
     rows = [[label, f"{r.loss:.4f}", f"{r.flops:.3g}", *(f(r) for f in also.values())]
             for label, r in results.items()]
@@ -111,15 +111,15 @@ def figure_4(settings: FigureSettings) -> Found:
     if settings.preset == "small":
         sizes = {"32 x 2": dict(n_embd=32, n_layer=2), "64 x 3": {}, "96 x 4": dict(n_embd=96,
                                                                                     n_layer=4)}
-    cells = {}
+    specs = {}
     for method in ("adamw", "lion", "sophiah", "sophiag"):
         for size, changes in sizes.items():
             file = f"train_gpt2_{'30m' if settings.preset == 'small' else size}_{method}"
             if Path(f"config/{file}.py").exists():  # the paper has no Lion at every size
-                cells[method, size] = cell(settings, f"4_{method}_{size.replace(' ', '')}", file,
-                                           **changes)
-    found = by_name(settings.carry_out(list(cells.values())))
-    results = {key: found[c.name] for key, c in cells.items()}
+                name = f"4_{method}_{size.replace(' ', '')}"
+                specs[method, size] = run_spec(settings, name, file, **changes)
+    found = by_name(settings.run_all(list(specs.values())))
+    results = {key: found[c.name] for key, c in specs.items()}
 
     rows = [[f"{method}, {size}", f"{r.config.learning_rate:.3g}", f"{r.loss:.4f}"]
             for (method, size), r in results.items()]
@@ -139,8 +139,8 @@ def figure_4(settings: FigureSettings) -> Found:
 def figure_6a(settings: FigureSettings) -> Found:
     """How often the gradient norm is clipped."""
     names = ("adamw", "lion", "sophiah", "sophiag")
-    cells = {name: cell(settings, f"6a_{name}", f"train_gpt2_30m_{name}") for name in names}
-    table = curves(settings, cells, also={
+    specs = {name: run_spec(settings, f"6a_{name}", f"train_gpt2_30m_{name}") for name in names}
+    table = curves(settings, specs, also={
         "clipped steps": lambda r: f"{r.mean('norm_clip_rate'):.1%}",
         "after a tenth": lambda r: f"{r.mean('norm_clip_rate', 0.1):.1%}"})
 
@@ -154,19 +154,20 @@ def figure_6a(settings: FigureSettings) -> Found:
 
 def figure_6b(settings: FigureSettings) -> Found:
     """The largest rate that does not blow up, with and without inverse-layer scaling."""
-    def rung(method: str, inverse: bool) -> tuple[Callable[[float], Cell], float]:
+    def rate_spec(method: str, inverse: bool) -> tuple[Callable[[float], RunSpec], float]:
         changes = dict(scale_attn_by_inverse_layer_idx=inverse, grad_clip=1.0)
         if settings.preset == "small":
             changes |= DEEP
         file = f"train_gpt2_medium_{method}"
         name = f"6b_{method}_{'scaled' if inverse else 'plain'}"
-        return (lambda rate: cell(settings, f"{name}_{rate:.3g}", file, learning_rate=rate,
-                                  **changes)), cell(settings, "", file).config().learning_rate
+        return (lambda rate: run_spec(settings, f"{name}_{rate:.3g}", file, learning_rate=rate,
+                                  **changes)), run_spec(settings, "", file).config().learning_rate
 
     kinds = [(method, inverse) for method in ("adamw", "lion", "sophiag")
              for inverse in (False, True)]
-    found = climb(settings, {f"{m}, {'scaled' if s else 'plain'}": rung(m, s) for m, s in kinds},
-                  factor=2.0 if settings.preset == "paper" else 4.0)
+    found = sweep_lr(settings,
+                     {f"{m}, {'scaled' if s else 'plain'}": rate_spec(m, s) for m, s in kinds},
+                     factor=2.0 if settings.preset == "paper" else 4.0)
     rows, bars = [], {}
     for (method, inverse), ladder in zip(kinds, found.values(), strict=True):
         bars[method, inverse] = ladder.largest
@@ -188,10 +189,10 @@ def figure_6b(settings: FigureSettings) -> Found:
 def figure_6c(settings: FigureSettings) -> Found:
     """Final losses over gamma and beta2."""
     gammas, betas = (0.25, 1, 4), (0.95, 0.99, 0.995)
-    cells = {(g, b): cell(settings, f"6c_gamma{g:g}_beta{b:g}", "train_gpt2_30m_sophiag",
+    specs = {(g, b): run_spec(settings, f"6c_gamma{g:g}_beta{b:g}", "train_gpt2_30m_sophiag",
                           gamma_times=g, beta2=b) for g in gammas for b in betas}
-    found = by_name(settings.carry_out(list(cells.values())))
-    grid = [[found[cells[g, b].name] for b in betas] for g in gammas]
+    found = by_name(settings.run_all(list(specs.values())))
+    grid = [[found[specs[g, b].name] for b in betas] for g in gammas]
     rows = [[f"{line[0].config.gamma:g}",
              *(f"{r.loss:.4f} ({r.mean('unclipped_fraction', 0.5):.0%})" for r in line)]
             for line in grid]
@@ -214,7 +215,7 @@ def figure_6c(settings: FigureSettings) -> Found:
 def figure_7a(settings: FigureSettings) -> Found:
     """k against compute."""
     files = {"k = 1": "ablation_k1", "k = 10": "train_gpt2_30m_sophiag", "k = 100": "ablation_k100"}
-    return curves(settings, {label: cell(settings, f"7_{file}", file)
+    return curves(settings, {label: run_spec(settings, f"7_{file}", file)
                              for label, file in files.items()}, x="FLOPs")
 
 
@@ -223,7 +224,7 @@ def figure_7b(settings: FigureSettings) -> Found:
     files = {"Sophia-G (GNB)": "train_gpt2_30m_sophiag",
              "Sophia-H (Hutchinson)": "train_gpt2_30m_sophiah", "E-F + clip": "ablation_ef_clip",
              "AH + clip": "ablation_ah_clip", "AdaHessian": "ablation_adahessian"}
-    return curves(settings, {label: cell(settings, f"7_{file}", file)
+    return curves(settings, {label: run_spec(settings, f"7_{file}", file)
                              for label, file in files.items()})
 
 
@@ -231,7 +232,7 @@ def figure_7c(settings: FigureSettings) -> Found:
     """Clipping."""
     files = {"Sophia-G": "train_gpt2_30m_sophiag", "Clip (sign momentum)": "ablation_clip",
              "Normalize": "ablation_normalize", "GNB, no clip, k = 2": "ablation_gnb_unclipped"}
-    return curves(settings, {label: cell(settings, f"7_{file}", file)
+    return curves(settings, {label: run_spec(settings, f"7_{file}", file)
                              for label, file in files.items()})
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from experiments.compare import flags
-from experiments.runs import Cell, Result, RunSettings, mean, scaled
+from experiments.runs import Result, RunSettings, RunSpec, mean, scaled_flags
 from nanosophia.configurator import ConfigError, command, knob, load
 from nanosophia.optimizers import OPTIMIZERS
 
@@ -99,9 +99,10 @@ def stable(losses: dict[float, float]) -> dict[float, float]:
     return {rate: loss for rate, loss in losses.items() if loss <= limit < math.inf}
 
 
-def climb(settings: RunSettings, ladders: Mapping[str, tuple[Callable[[float], Cell], float]], *,
-          factor: float = 2.0, most: int = 12, below: bool = False) -> dict[str, Ladder]:
-    """Climbs ladders of (cell at a rate, first rate) side by side, a rung of each at a time.
+def sweep_lr(settings: RunSettings,
+             ladders: Mapping[str, tuple[Callable[[float], RunSpec], float]], *,
+             factor: float = 2.0, most: int = 12, below: bool = False) -> dict[str, Ladder]:
+    """Climbs ladders of (spec at a rate, first rate) side by side, a rung of each at a time.
 
     Raises ConfigError when all of `most` rates of one blow up.
     """
@@ -111,7 +112,7 @@ def climb(settings: RunSettings, ladders: Mapping[str, tuple[Callable[[float], C
                  if (rate := next_rate(losses[name], start, factor, below)) is not None}
         if not rates:
             break
-        found = settings.carry_out([ladders[name][0](rate) for name, rate in rates.items()])
+        found = settings.run_all([ladders[name][0](rate) for name, rate in rates.items()])
         for (name, rate), result in zip(rates.items(), found, strict=True):
             losses[name][rate] = math.inf if blew_up(result) else result.loss
     return {name: ladder(name, found) for name, found in losses.items()}
@@ -128,13 +129,13 @@ def ladder(name: str, losses: dict[float, float]) -> Ladder:
                   min((rate for rate in losses if rate > max(good)), default=None))
 
 
-def find_gamma(settings: GammaSettings, make: Callable[[float], Cell], start: float,
+def find_gamma(settings: GammaSettings, make: Callable[[float], RunSpec], start: float,
                say=print) -> float:
     """A gamma whose unclipped share is in RANGE; raises ConfigError when there is none."""
     low = high = None  # gammas with too small and too large a share
     gamma, diverged = start, 0
     for _ in range(settings.most):
-        result = settings.carry_out([make(gamma)])[0]
+        result = settings.run_all([make(gamma)])[0]
         share = 0.0 if result.diverged else result.mean("unclipped_fraction", 0.5)
         diverged += result.diverged
         if math.isnan(share):
@@ -161,7 +162,7 @@ def find_gamma(settings: GammaSettings, make: Callable[[float], Cell], start: fl
 def search(settings: GammaSettings) -> dict[str, float]:
     """The settings found, by their keys."""
     given = (*flags(settings.config), *settings.extra)
-    config = Cell("", given).config()
+    config = RunSpec("", given).config()
     every = max(1, settings.steps // 50)
     common = dict(log_interval=every, eval_interval=settings.steps)
     known = OPTIMIZERS.get(config.optimizer)
@@ -175,20 +176,21 @@ def search(settings: GammaSettings) -> dict[str, float]:
                               f"{config.gamma_target}); use --find=rate, or gamma_target=0",
                               "config")
 
-        def with_gamma(gamma: float) -> Cell:
-            return Cell(f"gamma_{gamma:.4g}",
-                        scaled(given, settings.steps, gamma=f"{gamma:.6g}", **common))
+        def with_gamma(gamma: float) -> RunSpec:
+            return RunSpec(f"gamma_{gamma:.4g}",
+                        scaled_flags(given, settings.steps, gamma=f"{gamma:.6g}", **common))
 
         found["gamma"] = float(f"{find_gamma(settings, with_gamma, config.gamma):.3g}")
     if settings.find in ("rate", "both"):
         fixed = common | {key: f"{value:.6g}" for key, value in found.items()}
 
-        def with_rate(rate: float) -> Cell:
+        def with_rate(rate: float) -> RunSpec:
             text = "_".join(["rate", f"{rate:.4g}", *(f"{k}{v}" for k, v in found.items())])
-            return Cell(text, scaled(given, settings.steps, learning_rate=f"{rate:.6g}", **fixed))
+            return RunSpec(text, scaled_flags(given, settings.steps,
+                                              learning_rate=f"{rate:.6g}", **fixed))
 
-        rates = climb(settings, {settings.config: (with_rate, config.learning_rate)},
-                      factor=settings.factor, most=settings.most, below=True)[settings.config]
+        rates = sweep_lr(settings, {settings.config: (with_rate, config.learning_rate)},
+                         factor=settings.factor, most=settings.most, below=True)[settings.config]
         found["learning_rate"] = float(f"{rates.best:.3g}")
         blown = f"blew up at {rates.blown:.3g}" if rates.blown else "none blew up: raise --most"
         print(f"learning rates: largest stable {rates.largest:.3g}, {blown}, lowest loss "

@@ -16,7 +16,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from experiments.plot import COLOURS, STYLES, pyplot
-from experiments.runs import Cell, Result, RunSettings
+from experiments.runs import Result, RunSettings, RunSpec
 from nanosophia.configurator import ConfigError, command, knob, load
 
 MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=96", "--block_size=128",
@@ -46,7 +46,7 @@ METHODS = {
     "ours-2-rows": (0.05, (*OURS, "--hessian_batch_size=2")),
 }
 RUNS = {
-    # (method, learning rate, arguments of cell); begun in this order
+    # (method, learning rate, arguments of spec); begun in this order
     "bpe": [
         ("adamw", 8e-3, {}),
         ("ours", 1.2e-2, {}),
@@ -125,9 +125,9 @@ class StudySettings(RunSettings):
             raise ConfigError("--bpe and --bytes are both left out; give a folder", "bpe", "bytes")
 
 
-def cell(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0, share: float = 1.0,
-         rows: int = 1, larger: bool = False, gamma: float | None = None,
-         extra: tuple[str, ...] = ()) -> Cell:
+def run_spec(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0,
+             share: float = 1.0, rows: int = 1, larger: bool = False, gamma: float | None = None,
+             extra: tuple[str, ...] = ()) -> RunSpec:
     """A run of `share` of the corpus's steps, on `rows` times its rows per step."""
     batch, steps = CORPORA[corpus]
     batch, steps = batch * rows, round(steps * share)
@@ -140,13 +140,13 @@ def cell(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0, sh
         sizes["hessian_batch_size"] = batch // 2  # the paper's half
     text = f"{corpus}_{method}_{lr:g}" + f"_{share:g}T" * (share != 1) + f"_x{rows}" * (rows > 1) \
         + "_larger" * larger
-    return Cell(f"{text}_s{seed}", (*MODEL, *LARGER * larger, *extra, *flags,
+    return RunSpec(f"{text}_s{seed}", (*MODEL, *LARGER * larger, *extra, *flags,
                                     *(f"--{k}={v}" for k, v in sizes.items())))
 
 
-def cells(corpus: str, dataset: str, extra: tuple[str, ...] = ()) -> list[Cell]:
+def run_specs(corpus: str, dataset: str, extra: tuple[str, ...] = ()) -> list[RunSpec]:
     """The runs on a corpus, prepared in the folder `dataset`, with flags for every run."""
-    return [cell(corpus, dataset, method, lr, extra=extra, **more)
+    return [run_spec(corpus, dataset, method, lr, extra=extra, **more)
             for method, lr, more in RUNS[corpus]]
 
 
@@ -230,8 +230,8 @@ def main(argv: list[str]) -> None:
     settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
     pyplot()  # better missed now than after the runs
     folders = {c: getattr(settings, c) for c in CORPORA if getattr(settings, c) != "-"}
-    lists = [cells(corpus, folder, settings.extra) for corpus, folder in folders.items()]
-    results = settings.carry_out(list(filter(None, chain.from_iterable(zip_longest(*lists)))))
+    lists = [run_specs(corpus, folder, settings.extra) for corpus, folder in folders.items()]
+    results = settings.run_all(list(filter(None, chain.from_iterable(zip_longest(*lists)))))
     corpora = {corpus: [r for r in results if r.name.startswith(f"{corpus}_")]
                for corpus in folders}
     text = "\n\n".join(f"{corpus}\n\n{table(found)}" for corpus, found in corpora.items())

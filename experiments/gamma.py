@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from experiments.compare import flags
+from experiments.compare import contender_flags
 from experiments.runs import Result, RunSettings, RunSpec, mean, scaled_flags
 from nanosophia.configurator import ConfigError, command, knob, load
 from nanosophia.optimizers import OPTIMIZERS
@@ -161,7 +161,7 @@ def find_gamma(settings: GammaSettings, make: Callable[[float], RunSpec], start:
 
 def search(settings: GammaSettings) -> dict[str, float]:
     """The settings found, by their keys."""
-    given = (*flags(settings.config), *settings.extra)
+    given = (*contender_flags(settings.config), *settings.extra)
     config = RunSpec("", given).config()
     every = max(1, settings.steps // 50)
     common = dict(log_interval=every, eval_interval=settings.steps)

@@ -244,9 +244,10 @@ def test_compare_judges_half_the_steps_against_the_tuned_baseline(quick, tmp_pat
     assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
     # warm-up keeps its share: 1 of 6 becomes 2 of 12
     settings = load(compare.CompareSettings, contenders(quick, tmp_path), "")[0]
-    assert compare.one(settings, "x", settings.baseline, 12, 0).config().warmup_iters == 2
     kept = dataclasses.replace(settings, warmup="steps")
-    assert compare.one(kept, "x", settings.baseline, 12, 0).config().warmup_iters == 1
+    for chosen, warmup in ((settings, 2), (kept, 1)):
+        spec = compare.contender_spec(chosen, "x", settings.baseline, 12, 0)
+        assert spec.config().warmup_iters == warmup
 
 
 def test_a_best_rate_at_the_end_of_the_ladder_is_said(quick, tmp_path, capsys):

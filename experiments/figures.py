@@ -170,10 +170,10 @@ def figure_6b(settings: FigureSettings) -> Found:
                      factor=2.0 if settings.preset == "paper" else 4.0)
     rows, bars = [], {}
     for (method, inverse), ladder in zip(kinds, found.values(), strict=True):
-        bars[method, inverse] = ladder.largest
-        rows.append([method, "yes" if inverse else "no", f"{ladder.largest:.3g}",
+        bars[method, inverse] = ladder.largest_stable
+        rows.append([method, "yes" if inverse else "no", f"{ladder.largest_stable:.3g}",
                      f"{ladder.best:.3g}", f"{ladder.best_loss:.4f}",
-                     f"{ladder.blown:.3g}" if ladder.blown else "none tried"])
+                     f"{ladder.blew_up_at:.3g}" if ladder.blew_up_at else "none tried"])
 
     def draw(axes) -> None:
         for i, ((_, inverse), rate) in enumerate(bars.items()):

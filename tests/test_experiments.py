@@ -1,4 +1,4 @@
-"""The experiments: figures against known values, runs that are carried out once, their verdicts."""
+"""The experiments: figures against known values; runs that are made once; verdicts on them."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_toy_steps_are_those_of_the_paper_s_landscape():
     torch.testing.assert_close(toy.newton(50)[-1], torch.tensor([0.0, 4.0], dtype=torch.float64))
 
 
-def test_the_landscape_starts_concave_and_has_its_minimum_where_it_is_said():
+def test_the_landscape_starts_concave_and_has_its_minimum_at_the_named_point():
     x = torch.tensor(toy.START, dtype=torch.float64)
     assert toy.diagonal(x)[0] < 0
     minimum = torch.tensor(toy.MINIMUM, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_both_pictures_are_drawn(tmp_path, capsys):
     assert "| Newton | never | (0.000, 4.000) | 8 |" in capsys.readouterr().out
 
 
-def test_a_list_of_runs_goes_on_where_it_stopped(quick, tmp_path):
+def test_a_list_of_runs_continues_where_it_stopped(quick, tmp_path):
     specs = [RunSpec(f"s{seed}", (*quick, f"--seed={seed}")) for seed in (0, 1)]
     printed = []
     first = runs.run_all(specs[:1], tmp_path, report=printed.append)
@@ -106,7 +106,7 @@ def test_a_folder_with_another_run_is_refused_before_any_run(quick, tmp_path):
         runs.run_all([RunSpec("c", ("--lr=1",))], tmp_path)
 
 
-def test_a_config_file_that_was_changed_is_not_taken_for_the_run_that_finished(quick, tmp_path):
+def test_a_changed_config_file_is_not_assumed_to_be_the_run_that_finished(quick, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("learning_rate = 1e-3\n")
     spec = RunSpec("a", (*quick, str(file)))
@@ -139,8 +139,8 @@ def test_a_refused_run_leaves_its_folder_to_the_corrected_one(quick, tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_command_that_is_stopped_stops_its_runs_and_goes_on_later(data_dir, tmp_path, number,
-                                                                    code):
+def test_a_command_that_is_stopped_stops_its_runs_and_continues_later(data_dir, tmp_path, number,
+                                                                      code):
     """Only the command gets the signal, as from a scheduler; its run saves and ends."""
     flags = ",".join(flag[2:] for flag in (*QUICK, "--eval_interval=1000", f"--dataset={data_dir}"))
     out = tmp_path / "o o"
@@ -167,7 +167,7 @@ def test_a_command_that_is_stopped_stops_its_runs_and_goes_on_later(data_dir, tm
     assert steps == list(range(600))
 
 
-def test_two_ranks_carry_out_a_run(data_dir, tmp_path):
+def test_a_run_can_have_two_ranks(data_dir, tmp_path):
     spec = RunSpec("a", (*QUICK, f"--dataset={data_dir}", "--batch_size=2"))
     result, = runs.run_all([spec], tmp_path, ranks=2)
     assert result.steps == 6 and result.records[-1]["val/loss"] == result.loss
@@ -250,7 +250,7 @@ def test_compare_judges_half_the_steps_against_the_tuned_baseline(quick, tmp_pat
         assert spec.config().warmup_iters == warmup
 
 
-def test_a_best_rate_at_the_end_of_the_ladder_is_said(quick, tmp_path, capsys):
+def test_a_best_rate_at_the_end_of_the_ladder_is_reported(quick, tmp_path, capsys):
     compare.main([*contenders(quick, tmp_path), "--rates=0.001,0.01"])
     assert "is at the end of its ladder" in capsys.readouterr().out
 
@@ -317,10 +317,10 @@ def test_the_finder_brackets_gamma_and_halves(tmp_path, monkeypatch):
         gamma.search(settings)
 
 
-@pytest.mark.parametrize("limit, start, largest, blown", [
+@pytest.mark.parametrize("limit, start, largest, blew_up_at", [
     (0.05, 0.01, 0.04, 0.08), (0.05, 0.4, 0.05, 0.1), (10, 0.01, 0.01 * 2**4, None)])
-def test_ladders_climb_side_by_side_until_a_run_blows_up(tmp_path, monkeypatch, limit, start,
-                                                         largest, blown):
+def test_sweeps_rise_side_by_side_until_a_run_blows_up(tmp_path, monkeypatch, limit, start,
+                                                       largest, blew_up_at):
     def run_all(self, specs):
         rounds.append([c.name for c in specs])
         rates = [c.config().learning_rate for c in specs]
@@ -332,13 +332,14 @@ def test_ladders_climb_side_by_side_until_a_run_blows_up(tmp_path, monkeypatch, 
 
     rounds: list[list[str]] = []
     monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
-    ladders = gamma.sweep_lr(runs.RunSettings(), {"a": (at, start), "b": (at, 0.02)}, most=5)
-    found = ladders["a"]
-    assert found.largest == pytest.approx(largest) and found.blown == pytest.approx(blown)
-    assert found.best == pytest.approx(0.02 if start < 0.02 else largest)
-    assert ladders["b"].best == 0.02 and len(rounds[0]) == 2
-    below = gamma.sweep_lr(runs.RunSettings(), {"a": (at, 0.02)}, below=True, most=9)["a"]
-    assert below.best == 0.02 and below.least == 0.01  # the best has a neighbour on either side
+    sweeps = gamma.sweep_lr(runs.RunSettings(), {"a": (at, start), "b": (at, 0.02)}, most=5)
+    sweep = sweeps["a"]
+    assert sweep.largest_stable == pytest.approx(largest)
+    assert sweep.blew_up_at == pytest.approx(blew_up_at)
+    assert sweep.best == pytest.approx(0.02 if start < 0.02 else largest)
+    assert sweeps["b"].best == 0.02 and len(rounds[0]) == 2
+    below = gamma.sweep_lr(runs.RunSettings(), {"a": (at, 0.02)}, bracket_below=True, most=9)["a"]
+    assert below.best == 0.02 and below.lowest == 0.01  # the best has a neighbour on either side
     monkeypatch.setattr(gamma, "blew_up", lambda result: True)
     with pytest.raises(gamma.ConfigError, match="all of 5 learning rates from 0.02"):
         gamma.sweep_lr(runs.RunSettings(), {"a": (at, 0.02)}, most=5)
@@ -348,21 +349,21 @@ def test_a_rate_that_unlearns_is_not_stable():
     """A model that ends at the loss of byte frequencies never rose above what it had been."""
     assert gamma.stable({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}) == {1.0: 2.4, 2.0: 2.9}
     assert gamma.stable({1.0: math.inf, 2.0: math.inf}) == {}
-    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, below=False) is None
-    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, below=True) == 0.5
-    assert gamma.next_rate({1.0: 3.3}, 1.0, 2.0, below=False) == 2.0
+    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, bracket_below=False) is None
+    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, bracket_below=True) == 0.5
+    assert gamma.next_rate({1.0: 3.3}, 1.0, 2.0, bracket_below=False) == 2.0
 
 
-def test_a_ladder_that_starts_on_a_plateau_descends_before_it_climbs():
+def test_a_sweep_that_starts_on_a_plateau_falls_before_it_rises():
     losses = {0.3: 3.09}
-    while (rate := gamma.next_rate(losses, 0.3, 2.0, below=True)) is not None:
+    while (rate := gamma.next_rate(losses, 0.3, 2.0, bracket_below=True)) is not None:
         losses[rate] = 3.2 if rate > 0.5 else 3.1 if rate > 0.1 else \
             2.5 + 0.1 * abs(math.log2(rate / 0.01))
     assert min(losses, key=losses.get) == pytest.approx(0.3 / 32)
     assert min(losses) == pytest.approx(0.3 / 64) and max(losses) == 0.6
 
 
-def test_a_gamma_within_the_range_is_taken_and_diverging_runs_are_said(tmp_path, monkeypatch):
+def test_a_gamma_within_the_range_is_taken_and_diverging_runs_are_reported(tmp_path, monkeypatch):
     settings = load(gamma.GammaSettings, ["--config=optimizer=sophiag", "--find=gamma",
                                           "--most=2"], "")[0]
     for share in (0.11, 0.49):

@@ -48,7 +48,7 @@ def quick(data_dir, monkeypatch):
 
 
 def test_toy_steps_are_those_of_the_paper_s_landscape():
-    found = {name: toy.steps_to_solve(places) for name, places in toy.methods(400).items()}
+    found = {name: toy.steps_to_solve(points) for name, points in toy.methods(400).items()}
     gd = found.pop(next(name for name in found if name.startswith("GD")))
     assert found == {"Sophia, lr 0.5": 11, "Sophia, lr 1": 4, "SignGD, lr 0.01": 396,
                      "Adam, lr 0.03": 161, "Newton": None}

@@ -50,7 +50,8 @@ class BenchSettings(Config):
     compare: str = knob("optimizer=adamw; optimizer=sophiag; optimizer=sophiah",
                         "contenders, separated by semicolons: plain, or settings with commas",
                         section="benchmark")
-    baseline: str = knob("", "a file written by --json: repeat its command and compare the ratios")
+    baseline: str = knob("", "file that --json wrote: repeat its command and compare the ratios; "
+                             "empty = none")
     tolerance: float = knob(0.1, "relative growth of a ratio that --baseline accepts", low=0)
     repeats: int = knob(9, "rounds that are timed", low=3)
     real_data: bool = knob(False, "read --dataset instead of random tokens")
@@ -59,7 +60,7 @@ class BenchSettings(Config):
 
     @property
     def contenders(self) -> list[str]:
-        """The contenders that `compare` lists."""
+        """Returns the contenders that `compare` lists."""
         return [text.strip() for text in self.compare.split(";") if text.strip()]
 
 
@@ -79,8 +80,10 @@ class Contender:
     step: Callable[[int], object]
     first_step_s: float = 0.0  # wall time, with an estimate and all compilation
     peak_bytes: int = 0
-    cycles: list[list[Elapsed]] = field(default_factory=list)  # every step; the first estimates
-    data_waits: list[float] = field(default_factory=list)  # seconds that each cycle waited
+    # The time of every step of each cycle, whose first step makes an estimate; seconds per cycle
+    # spent waiting for batches.
+    cycles: list[list[Elapsed]] = field(default_factory=list)
+    data_waits: list[float] = field(default_factory=list)
 
 
 @command()
@@ -173,7 +176,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset) -> train.Run:
 
 
 def random_data(config: Config) -> Dataset:
-    """Returns uniform tokens, enough for one batch; padding of the vocabulary does not occur."""
+    """Returns uniform tokens, enough for one batch, from GPT-2's classes without the padding."""
     num_classes = min(config.vocab_size or GPT2_CLASSES, GPT2_CLASSES)
     size = (config.total_batch_size + 1) * config.block_size + 1
     tokens = np.random.default_rng(0).integers(0, num_classes, size, dtype=np.uint16)

@@ -1,52 +1,47 @@
-"""Times train.py's own step, and optimizer steps, as ratios within one run.
+"""Times train.py's own training step under several settings, as ratios within one run.
 
     python bench.py config/train_gpt2_30m_sophiag.py --json=FILE
     python bench.py CONFIG --compare="plain; optimizer=adamw; optimizer=sophiag; optimizer=sophiag,\
         hessian_chunks=12,hessian_batch_size=48" --profile=trace.json
-    python bench.py --against=FILE
-    python bench.py CONFIG --what=optimizers
+    python bench.py --baseline=FILE
 
-A training contender is a list of settings laid over the config, or `plain`: a nanoGPT-shaped loop
-on the same model. The first is what the others are compared with. Each runs one whole Hessian cycle
-in turn, round after round, on random tokens (or on --dataset with --real_data); a ratio is taken
-within a round, and the median over rounds is shown with the smallest and largest. On the CPU ratios
-count processor time, on CUDA synchronised wall time; tokens per second are of wall time. --against
-repeats the command that wrote a --json file and ends with 1 where a ratio has become larger.
+A contender is a list of settings laid over the config, or `plain`: a nanoGPT-shaped loop on the
+same model. The contenders take turns, one whole Hessian cycle each, round after round, on random
+tokens (or on --dataset with --real_data). The ratio of a contender's time to that of the first one
+is taken within each round; the table shows the median over the rounds with the smallest and the
+largest. Ratios are of processor time on the CPU and of synchronised wall time on CUDA; tokens per
+second are always of wall time. --baseline repeats the command that wrote a --json file and exits
+with 1 where a ratio has grown.
 """
 
 import json
 import math
 import platform
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend
 
 import train
-from model import GPT, cross_entropy
-from nanosophia.baselines import Lion
+from model import cross_entropy
 from nanosophia.configurator import ConfigError, command, knob, load
-from nanosophia.controlled_gamma import ControlledSophia
 from nanosophia.dataloader import Dataset, open_dataset
-from nanosophia.distributed import start_ranks, world_size
+from nanosophia.distributed import Ranks, start_ranks, world_size
 from nanosophia.files import write_text
 from nanosophia.metrics import peak_flops
-from nanosophia.optimizers import OPTIMIZERS, check, parameter_groups, with_own_defaults
-from nanosophia.options import Config, padded_vocab_size
+from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
+from nanosophia.options import Config
 from nanosophia.resume import resolve_fresh
 from nanosophia.tokenizer import GPT2_CLASSES
-from nanosophia.update_rules import compiled_update, sliced_update
-from sophia import Sophia
 
-BASELINE = "AdamW, torch fused"
 PLAIN = "plain"
 
 
@@ -54,128 +49,165 @@ PLAIN = "plain"
 class BenchSettings(Config):
     """train.py's settings and what this command adds."""
 
-    what: Literal["training", "optimizers"] = knob(
-        "training", "train.py's step, or optimizers alone", section="benchmark")
     compare: str = knob("optimizer=adamw; optimizer=sophiag; optimizer=sophiah",
-                        "contenders: plain, or settings, comma-separated; contenders by "
-                        "semicolons")
-    against: str = knob("", "a file of --json: run its command again and compare the ratios")
-    tolerance: float = knob(0.1, "growth of a ratio that --against lets pass", low=0)
+                        "contenders, separated by semicolons: plain, or settings with commas",
+                        section="benchmark")
+    baseline: str = knob("", "file that --json wrote: repeat its command and compare the ratios; "
+                             "empty = none")
+    tolerance: float = knob(0.1, "relative growth of a ratio that --baseline accepts", low=0)
     repeats: int = knob(9, "rounds that are timed", low=3)
     real_data: bool = knob(False, "read --dataset instead of random tokens")
     profile: str = knob("", "file for a trace of one cycle of the last contender; empty = none")
-    json: str = knob("", "file that receives the table; empty = none")
+    json: str = knob("", "file that receives the measurements; empty = none")
+
+    @property
+    def contenders(self) -> list[str]:
+        """Returns the contenders that `compare` lists."""
+        return [text.strip() for text in self.compare.split(";") if text.strip()]
+
+
+class Elapsed(NamedTuple):
+    """Seconds of one call."""
+
+    compared: float  # what ratios are of: processor time on the CPU, wall time on CUDA
+    wall: float
+
+
+@dataclass
+class Contender:
+    """A run, its step, and its measurements so far."""
+
+    name: str
+    run: train.Run
+    step: Callable[[int], object]
+    first_step_s: float = 0.0  # wall time, with an estimate and all compilation
+    peak_bytes: int = 0
+    # The time of every step of each cycle, whose first step makes an estimate; seconds per cycle
+    # spent waiting for batches.
+    cycles: list[list[Elapsed]] = field(default_factory=list)
+    data_waits: list[float] = field(default_factory=list)
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
+    """Runs the command."""
     settings, sources = load(BenchSettings, argv, "bench.py [config/FILE.py] [--key=value]")
-    stored = None
-    if settings.against:
-        stored = _stored(settings.against)
-        settings, sources = load(BenchSettings, [*stored["command"], *argv], "bench.py")
-        names = [part.strip() for part in settings.compare.split(";") if part.strip()]
-        if settings.what != "training" or names != list(stored["rows"]):
-            raise ConfigError(f"--against={settings.against} compares "
-                              f"{'; '.join(stored['rows'])}; leave --compare and --what out",
-                              "compare", "what")
-    if settings.what == "optimizers":
-        report = bench_optimizers(settings)
-        print(table(report))
-    else:
-        report = bench_training(settings, sources)
-        given = [*stored["command"], *argv] if stored else argv
-        report["command"] = [a for a in given if not a.startswith(
-            ("--json=", "--against=", "--tolerance="))]
-        print(training_table(report))
+    baseline = None
+    if settings.baseline:
+        baseline = read_report(settings.baseline)
+        argv = [*baseline["command"], *argv]
+        settings, sources = load(BenchSettings, argv, "bench.py")
+        if settings.contenders != list(baseline["rows"]):
+            raise ConfigError(f"--baseline={settings.baseline} compares "
+                              f"{'; '.join(baseline['rows'])}; leave --compare out", "compare")
+    report = measure(settings, sources)
+    report["command"] = [flag for flag in argv
+                         if not flag.startswith(("--json=", "--baseline=", "--tolerance="))]
+    print(table(report))
     if settings.json:
         write_text(Path(settings.json), json.dumps(report, indent=1) + "\n")
-    if stored and not print_growth(stored, report, settings.tolerance):
+    if baseline and print_regressions(baseline, report, settings.tolerance):
         raise SystemExit(1)
 
 
-def bench_training(settings: BenchSettings, sources: dict[str, str]) -> dict:
-    """Times of each contender's cycles of hessian_interval steps, ratios to the first's."""
+def measure(settings: BenchSettings, sources: dict[str, str]) -> dict:
+    """Times all contenders and returns the report."""
     ranks = start_ranks(settings.device)
-    contenders = {text: _contender(settings, sources, text) for text in
-                  (part.strip() for part in settings.compare.split(";")) if text}
-    if not contenders:
+    configs = {text: contender_config(settings, sources, text) for text in settings.contenders}
+    if not configs:
         raise ConfigError("compare names no contender; give settings such as optimizer=adamw",
                           "compare")
-    cycle = max(config.hessian_interval for config in contenders.values())
-    clock, rounds, rows = _both_clocks(ranks.device), [], {}
-    runs, steps = {}, {}
-    for name, config in contenders.items():
-        data = open_dataset(config.dataset, config.block_size) if settings.real_data else \
-            _random_data(config)
-        config = resolve_fresh(config, ranks, data)
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(ranks.device)
-        runs[name] = run = train.build_run(config, ranks, data)
-        steps[name] = _plain_loop(run, data.train) if name == PLAIN else \
-            lambda step, run=run: train.train_step(run, step)
-        first = clock(lambda: steps[name](0))[1]  # noqa: B023 (called at once)
-        _cycle(steps[name], 1, cycle - 1)
-        rows[name] = dict(first_step_s=first, peak_bytes=_peak_bytes(ranks.device))
+    cycle_steps = max(config.hessian_interval for config in configs.values())
+    contenders = [warm_up(name, config, ranks, cycle_steps, real_data=settings.real_data)
+                  for name, config in configs.items()]
     for number in range(1, settings.repeats + 1):
-        rounds.append({name: _timed_cycle(run, steps[name], number * cycle, cycle, clock)
-                       for name, run in runs.items()})
-    optimizers = _optimizer_times(runs, settings.repeats)
-    baseline = next(iter(contenders))
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-    peak = peak_flops(device)
-    for name, run in runs.items():
-        found = [r[name] for r in rounds]
-        seconds = statistics.median(f["wall"] for f in found)
-        tokens = cycle * run.config.tokens_per_step
-        rows[name] |= dict(
-            step_ms=1e3 * statistics.median(f["step"] for f in found),
-            hessian_ms=1e3 * statistics.median(f["estimate"] for f in found)
-            if run.estimator else 0.0,
-            **_ratios([r[name]["cycle"] / r[baseline]["cycle"] for r in rounds]),
-            tokens_per_second=tokens / seconds,
-            mfu=tokens / seconds * run.model.flops_per_token() / peak if peak else None,
-            data_wait=statistics.median(f["waited"] / f["wall"] for f in found),
-            # The first step has an estimate in it, and compiles what is compiled.
-            compile_s=max(0.0, rows[name]["first_step_s"]
-                          - statistics.median(f["first_wall"] for f in found)),
-            **optimizers[name])
+        for contender in contenders:
+            time_cycle(contender, number * cycle_steps, cycle_steps)
+    first, last, facts = contenders[0], contenders[-1], environment(ranks.device)
+    peak = peak_flops(facts["device_name"])
+    rows = {c.name: summarize(c, first, peak) for c in contenders}
     if settings.profile:
-        _profile(steps[name], ranks.device, cycle, settings.profile)
-    return dict(rows=rows, repeats=len(rounds), cycle=cycle,
-                **_environment(ranks.device, next(iter(runs.values()))), peak_flops=peak,
-                parameters=run.model.num_params(non_embedding=False),
-                flops_per_token=run.model.flops_per_token(),
-                tokens_per_step=run.config.tokens_per_step, dtype=run.config.dtype)
+        write_profile(last, cycle_steps, Path(settings.profile))
+    return dict(rows=rows, repeats=settings.repeats, cycle=cycle_steps, **facts,
+                attention=attention_kernel(first.run), peak_flops=peak,
+                parameters=last.run.model.num_params(non_embedding=False),
+                flops_per_token=last.run.model.flops_per_token(),
+                tokens_per_step=last.run.config.tokens_per_step, dtype=last.run.config.dtype)
 
 
-def _ratios(values: list[float]) -> dict[str, float]:
-    return dict(ratio=statistics.median(values), least=min(values), most=max(values))
+def contender_config(settings: BenchSettings, sources: dict[str, str], text: str) -> Config:
+    """Returns train.py's config of one contender; raises ConfigError.
+
+    The contender's own settings win over the command's, which win over the optimizer's defaults.
+    """
+    flags = [f"--{part.strip()}"
+             for part in ("optimizer=adamw" if text == PLAIN else text).split(",")]
+    own, own_sources = load(Config, flags, "bench.py")
+    values = {f.name: getattr(settings, f.name) for f in fields(Config)}
+    values |= {key: getattr(own, key) for key in own_sources}
+    if "optimizer" in own_sources and own.optimizer != settings.optimizer:
+        # A config file sets betas or gamma for its own optimizer; a flag is meant for all of them.
+        known = OPTIMIZERS.get(own.optimizer, OPTIMIZERS["adamw"])
+        sources = {key: source for key, source in sources.items()
+                   if key not in known.defaults or source.startswith("flag")}
+    config = with_own_defaults(Config(**values), sources | own_sources)
+    check(config, world_size())
+    return config
 
 
-def _plain_loop(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
-    """The step of a nanoGPT-shaped loop: rows copied one by one for each micro-batch, logits all at
-    once, torch's fused AdamW."""
+def warm_up(name: str, config: Config, ranks: Ranks, cycle_steps: int, *, real_data: bool,
+            ) -> Contender:
+    """Builds a contender and runs one cycle of it, so that no timed step compiles or allocates."""
+    data = open_dataset(config.dataset, config.block_size) if real_data else random_data(config)
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    run = build_run(config, ranks, data)
+    step = plain_step(run, data.train) if name == PLAIN else \
+        lambda number: train.train_step(run, number)
+    contender = Contender(name, run, step)
+    contender.first_step_s = time_action(lambda: step(0), ranks.device).wall
+    for number in range(1, cycle_steps):
+        step(number)
+    contender.peak_bytes = peak_memory(ranks.device)
+    return contender
+
+
+def build_run(config: Config, ranks: Ranks, data: Dataset) -> train.Run:
+    """Returns a fresh run of train.py."""
+    return train.build_run(resolve_fresh(config, ranks, data), ranks, data)
+
+
+def random_data(config: Config) -> Dataset:
+    """Returns uniform tokens, enough for one batch, from GPT-2's classes without the padding."""
+    num_classes = min(config.vocab_size or GPT2_CLASSES, GPT2_CLASSES)
+    size = (config.total_batch_size + 1) * config.block_size + 1
+    tokens = np.random.default_rng(0).integers(0, num_classes, size, dtype=np.uint16)
+    return Dataset(Path("random"), tokens, tokens, num_classes, "gpt2", {}, "")
+
+
+def plain_step(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
+    """Returns the step of a nanoGPT-shaped loop: rows are copied one by one for each micro-batch,
+    all logits are computed at once, and the optimizer is torch's fused AdamW."""
     config, device = run.config, run.ranks.device
     run.model.loss_fn = cross_entropy
-    parts = config.total_batch_size // config.batch_size
+    micro_batches = config.total_batch_size // config.batch_size
     generator = np.random.default_rng(config.seed)
 
-    def batch(first: np.ndarray) -> torch.Tensor:
-        rows = torch.stack([torch.from_numpy(tokens[i:i + config.block_size].astype(np.int64))
-                            for i in first])
-        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else \
-            rows.to(device)
+    def rows(offsets: np.ndarray) -> torch.Tensor:
+        ids = torch.stack([torch.from_numpy(tokens[i:i + config.block_size].astype(np.int64))
+                           for i in offsets])  # (batch_size, block_size)
+        if device.type == "cuda":
+            return ids.pin_memory().to(device, non_blocking=True)
+        return ids.to(device)
 
     def step(number: int) -> None:
         for group in run.optimizer.param_groups:
             group["lr"] = train.cosine_lr(config, number)
-        for _ in range(parts):
-            first = generator.integers(len(tokens) - config.block_size, size=config.batch_size)
-            idx, targets = batch(first), batch(first + 1)
+        for _ in range(micro_batches):
+            offsets = generator.integers(len(tokens) - config.block_size, size=config.batch_size)
+            idx, targets = rows(offsets), rows(offsets + 1)
             with run.autocast():
-                loss = run.model(idx, targets) / parts
+                loss = run.model(idx, targets) / micro_batches
             loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
         run.optimizer.step()
@@ -184,125 +216,109 @@ def _plain_loop(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
     return step
 
 
-def _optimizer_times(runs: dict[str, train.Run], repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each run's optimizer step, and as a ratio to torch's fused AdamW in turn."""
-    found = {}
-    for name, run in runs.items():
-        clock = _clock(run.ranks.device)
-        params = [p for group in run.optimizer.param_groups for p in group["params"]]
-        fused = dict(fused=True) if run.ranks.device.type in ("cpu", "cuda") else {}
-        adamw = torch.optim.AdamW([p.detach().clone() for p in params], **fused)
-        for ours, theirs in zip(params, adamw.param_groups[0]["params"], strict=True):
-            ours.grad = theirs.grad = torch.randn_like(ours)
-        for step in (run.optimizer.step, adamw.step):
-            step()
-        times = [(clock(run.optimizer.step), clock(adamw.step)) for _ in range(repeats)]
-        run.optimizer.zero_grad(set_to_none=True)
-        found[name] = dict(optimizer_ms=statistics.median(t for t, _ in times),
-                           optimizer_ratio=statistics.median(t / base for t, base in times))
-    return found
-
-
-def _stored(path: str) -> dict:
-    try:
-        report = json.loads(Path(path).read_text())
-        report["command"], report["rows"]  # what is needed of it
-        return report
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--against={path} is no file that bench.py --what=training --json "
-                          f"wrote: {error}") from None
-
-
-def print_growth(stored: dict, report: dict, tolerance: float) -> bool:
-    """Prints each contender's ratio then and now; whether none grew by more than the tolerance."""
-    good = True
-    print(f"\nratios to {next(iter(stored['rows']))}, then ({stored['device_name']}, torch "
-          f"{stored['torch']}) and now:")
-    for name, then in stored["rows"].items():
-        now = report["rows"][name]["ratio"]
-        slower = now > then["ratio"] * (1 + tolerance)
-        good &= not slower
-        print(f"  {name}: {then['ratio']:.3f} ({then['least']:.3f}-{then['most']:.3f}), {now:.3f}"
-              f"{'  SLOWER' if slower else ''}")
-    return good
-
-
-def _contender(settings: BenchSettings, sources: dict[str, str], text: str) -> Config:
-    """train.py's config of one contender: flags, then its own settings, then its defaults."""
-    flags = [f"--{part.strip()}" for part in
-             ("optimizer=adamw" if text == PLAIN else text).split(",")]
-    given, own = load(Config, flags, "bench.py")
-    values = {f.name: getattr(settings, f.name) for f in fields(Config)}
-    explicit = set(sources)
-    if "optimizer" in own and given.optimizer != settings.optimizer:
-        # What a config file gives for its own optimizer is not the other's setting; a flag is.
-        explicit -= {key for key in OPTIMIZERS.get(given.optimizer, OPTIMIZERS["adamw"]).defaults
-                     if not sources.get(key, "").startswith("flag")}
-    config = Config(**values | {key: getattr(given, key) for key in own})
-    config = with_own_defaults(config, {**dict.fromkeys(explicit, ""), **own})
-    check(config, world_size())
-    return config
-
-
-def _random_data(config: Config) -> Dataset:
-    """Uniform tokens, enough for one batch; the classes are the real ones of the vocabulary."""
-    classes = min(config.vocab_size or GPT2_CLASSES, GPT2_CLASSES)
-    size = (config.total_batch_size + 1) * config.block_size + 1
-    tokens = np.random.default_rng(0).integers(0, classes, size, dtype=np.uint16)
-    return Dataset(Path("random"), tokens, tokens, classes, "gpt2", {}, "")
-
-
-def _cycle(step: Callable[[int], object], first: int, steps: int) -> None:
-    for number in range(first, first + steps):
-        step(number)
-
-
-def _timed_cycle(run: train.Run, step: Callable[[int], object], first: int, steps: int,
-                 clock) -> dict[str, float]:
-    """Seconds of one cycle from a step with an estimate on, its plain step and its estimate."""
+def time_cycle(contender: Contender, first: int, steps: int) -> None:
+    """Runs one cycle from step `first` on, which has an estimate, and times every step."""
+    run = contender.run
     run.batches.seconds_waited = 0.0
-    times = [clock(lambda number=number: step(number)) for number in range(first, first + steps)]
-    plain = statistics.median(t for t, _ in times[1:]) if steps > 1 else times[0][0]
-    return dict(cycle=sum(t for t, _ in times), wall=sum(w for _, w in times), step=plain,
-                first_wall=times[0][1], estimate=max(0.0, times[0][0] - plain),
-                waited=run.batches.seconds_waited)
+    contender.cycles.append([
+        time_action(lambda number=number: contender.step(number), run.ranks.device)
+        for number in range(first, first + steps)])
+    contender.data_waits.append(run.batches.seconds_waited)
 
 
-def _both_clocks(device: torch.device):
-    """A function that gives (seconds to compare, seconds of wall time) of its argument."""
-    timed = _clock(device)
+def time_action(action: Callable[[], object], device: torch.device) -> Elapsed:
+    """Calls `action` and returns how long it took; synchronises with a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wall, processor = time.perf_counter(), time.process_time()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return Elapsed(wall if device.type == "cuda" else processor, wall)
 
-    def clock(action) -> tuple[float, float]:
-        began = time.perf_counter()
-        compared = timed(action) / 1e3
-        return compared, time.perf_counter() - began
 
-    return clock
+def summarize(contender: Contender, first: Contender, peak: float | None) -> dict:
+    """Returns the contender's row: medians over the rounds, ratios to the first contender."""
+    run, cycles = contender.run, contender.cycles
+    ratios = [sum(t.compared for t in cycle) / sum(t.compared for t in theirs)
+              for cycle, theirs in zip(cycles, first.cycles, strict=True)]
+    walls = [sum(t.wall for t in cycle) for cycle in cycles]
+    steps = [median(t.compared for t in cycle[1:] or cycle) for cycle in cycles]
+    estimates = [max(0.0, cycle[0].compared - s) for cycle, s in zip(cycles, steps, strict=True)]
+    tokens_per_second = len(cycles[0]) * run.config.tokens_per_step / median(walls)
+    optimizer_s, optimizer_ratio = time_optimizer(run, len(cycles))
+    return dict(
+        first_step_s=contender.first_step_s, peak_bytes=contender.peak_bytes,
+        step_ms=1e3 * median(steps), hessian_ms=1e3 * median(estimates) if run.estimator else 0.0,
+        ratio=median(ratios), least=min(ratios), most=max(ratios),
+        tokens_per_second=tokens_per_second,
+        mfu=tokens_per_second * run.model.flops_per_token() / peak if peak else None,
+        data_wait=median(s / wall for s, wall in zip(contender.data_waits, walls, strict=True)),
+        # The very first step and the first of a cycle both have an estimate; one also compiles.
+        compile_s=max(0.0, contender.first_step_s - median(cycle[0].wall for cycle in cycles)),
+        optimizer_ms=1e3 * optimizer_s, optimizer_ratio=optimizer_ratio)
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """Most device memory since the last reset; on the CPU most of the process so far."""
+def time_optimizer(run: train.Run, repeats: int) -> tuple[float, float]:
+    """Returns the median seconds of the optimizer's step and its ratio to torch's fused AdamW."""
+    device = run.ranks.device
+    params = [p for group in run.optimizer.param_groups for p in group["params"]]
+    fused = dict(fused=True) if device.type in ("cpu", "cuda") else {}
+    adamw = torch.optim.AdamW([p.detach().clone() for p in params], **fused)
+    for p, copy in zip(params, adamw.param_groups[0]["params"], strict=True):
+        p.grad = copy.grad = torch.randn_like(p)
+    run.optimizer.step()  # both make their state at the first step
+    adamw.step()
+    pairs = [(time_action(run.optimizer.step, device).compared,
+              time_action(adamw.step, device).compared) for _ in range(repeats)]
+    run.optimizer.zero_grad(set_to_none=True)
+    return median(ours for ours, _ in pairs), median(ours / theirs for ours, theirs in pairs)
+
+
+def environment(device: torch.device) -> dict:
+    """Returns the device, the threads and the versions, on which all times depend."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    versions = dict(torch=torch.__version__, python=platform.python_version())
+    if device.type == "cuda":
+        versions |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    return dict(device=str(device), device_name=name or platform.machine(),
+                threads=torch.get_num_threads(), **versions)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the peak bytes of the device since its reset, on the CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # it is in KiB
 
 
-def _profile(step: Callable[[int], object], device: torch.device, steps: int, path: str) -> None:
-    """Writes a trace of one cycle, for chrome://tracing, and prints its ten dearest operations."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    order = "self_cpu_time_total"
-    if device.type == "cuda":
+def attention_kernel(run: train.Run) -> str:
+    """Returns the kernel that scaled_dot_product_attention takes for the run's shapes and dtype."""
+    c = run.config
+    dtype = dict(bfloat16=torch.bfloat16, float64=torch.float64).get(c.dtype, torch.float32)
+    q = torch.empty(c.batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, dtype=dtype,
+                    device=run.ranks.device, requires_grad=True)
+    backend = SDPBackend(torch._fused_sdp_choice(q, q, q, None, c.dropout, True))
+    return backend.name.lower().removesuffix("_attention")
+
+
+def write_profile(contender: Contender, steps: int, path: Path) -> None:
+    """Writes a trace of one cycle for chrome://tracing; prints the most expensive operations."""
+    activities, order = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
+    if contender.run.ranks.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         order = "self_cuda_time_total"
     with torch.profiler.profile(activities=activities) as profiler:
-        _cycle(step, 0, steps)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(path)
+        for number in range(steps):
+            contender.step(number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
     print(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40))
 
 
-def training_table(report: dict) -> str:
-    """The report as a Markdown table."""
+def table(report: dict) -> str:
+    """Returns the report as a Markdown table."""
     peak = f" of {report['peak_flops'] / 1e12:.0f} TFLOP/s" if report["peak_flops"] else ""
     lines = [f"{report['parameters'] / 1e6:.1f}M parameters, "
              f"{report['flops_per_token'] / 1e6:,.1f} MFLOP per token, "
@@ -324,122 +340,29 @@ def training_table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _environment(device: torch.device, run: train.Run | None = None) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    found = dict(device=str(device), device_name=name or platform.machine(),
-                 threads=torch.get_num_threads(), torch=torch.__version__,
-                 python=platform.python_version())
-    if device.type == "cuda":
-        found |= dict(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    return found | (dict(attention=_attention(run)) if run else {})
+def read_report(path: str) -> dict:
+    """Reads a file that --json wrote; raises ConfigError where it is not one."""
+    try:
+        report = json.loads(Path(path).read_text())
+        report["command"], report["rows"]  # without these two nothing can be compared
+        return report
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--baseline={path} is not a file that bench.py --json wrote: {error}; "
+                          "write one with --json=FILE") from None
 
 
-def _attention(run: train.Run) -> str:
-    """The kernel that scaled_dot_product_attention takes for the run's shapes and precision."""
-    c = run.config
-    wanted = dict(bfloat16=torch.bfloat16, float64=torch.float64).get(c.dtype, torch.float32)
-    q = torch.empty(c.batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, dtype=wanted,
-                    device=run.ranks.device, requires_grad=True)
-    backend = SDPBackend(torch._fused_sdp_choice(q, q, q, None, c.dropout, True))
-    return backend.name.lower().removesuffix("_attention")
-
-
-def bench_optimizers(settings: BenchSettings) -> dict:
-    """Milliseconds and ratios of each contender's step; compile time in seconds; environment."""
-    device = start_ranks(settings.device).device
-    vocab_size = settings.vocab_size or padded_vocab_size(GPT2_CLASSES)
-    model = GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    contenders = _contenders(settings, model)
-    clock = _clock(device)
-    first_ms = {name: _wall_ms(step) for name, step in contenders.items()}
-    for step in contenders.values():
-        clock(step)
-    rounds = [{name: clock(step) for name, step in contenders.items()}
-              for _ in range(settings.repeats)]
-    rows = {}
-    for name in contenders:
-        ratios = sorted(r[name] / r[BASELINE] for r in rounds)
-        rows[name] = dict(ms=statistics.median(r[name] for r in rounds),
-                          ratio=statistics.median(ratios), least=ratios[0], most=ratios[-1],
-                          first_ms=first_ms[name])
-    return dict(rows=rows, parameters=model.num_params(non_embedding=False), repeats=len(rounds),
-                **_environment(device))
-
-
-def _contenders(settings: BenchSettings, model: GPT) -> dict[str, Callable[[], object]]:
-    def groups(**extra):
-        return [group | extra for group in parameter_groups(model, settings)]
-
-    def sophia(rule=compiled_update, **extra):
-        optimizer = ControlledSophia(groups(**extra))
-        optimizer.rule = rule
-        optimizer.update_hessian([torch.rand_like(p) for p in optimizer.parameters()])
-        return optimizer
-
-    def refreshing(optimizer: Sophia):
-        def step():  # as the step after an estimate does
-            optimizer._new_estimate = True
-            optimizer.step()
-        return step
-
-    eager, compiled = sophia(sliced_update), sophia()
-    tensors, rows = sophia(gamma_target=0.9), sophia(gamma_target=0.9)
-    for group in rows.param_groups:
-        group["gamma_rows"] = group["kind"] == "embedding"
-    # The estimate that update_hessian is handed may be any tensors of the right shapes.
-    estimates = [p.detach() for p in eager.parameters()]
-    on = dict(fused=True) if model.transformer.wte.weight.device.type in ("cpu", "cuda") else {}
-    return {
-        BASELINE: torch.optim.AdamW(groups(), **on).step,
-        "AdamW, torch foreach": torch.optim.AdamW(groups(), foreach=True).step,
-        "Lion": Lion(groups()).step,
-        "Sophia, eager": eager.step,
-        "Sophia, compiled": compiled.step,
-        "Sophia, compiled, gamma per tensor, no refresh": tensors.step,
-        "Sophia, compiled, gamma per tensor, refresh": refreshing(tensors),
-        "Sophia, compiled, embedding by rows, no refresh": rows.step,
-        "Sophia, compiled, embedding by rows, refresh": refreshing(rows),
-        "Sophia, update_hessian": lambda: eager.update_hessian(estimates),
-    }
-
-
-def _wall_ms(action: Callable) -> float:
-    """With compilation, which works in other processes too."""
-    start = time.perf_counter()
-    action()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def _clock(device: torch.device) -> Callable[[Callable], float]:
-    """A function that gives the milliseconds that its argument takes."""
-    def cpu(action) -> float:
-        start = time.process_time()
-        action()
-        return 1e3 * (time.process_time() - start)
-
-    def cuda(action) -> float:
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        action()
-        torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
-
-    return cuda if device.type == "cuda" else cpu
-
-
-def table(report: dict) -> str:
-    """The report as a Markdown table."""
-    lines = [f"{report['parameters'] / 1e6:.1f}M parameters, {report['device']} "
-             f"({report['device_name']}), {report['threads']} threads, torch {report['torch']}, "
-             f"{report['repeats']} rounds", "",
-             "| optimizer step | ms | x fused AdamW | least-most | first call, ms |",
-             "|---|---|---|---|---|"]
-    for name, row in report["rows"].items():
-        lines.append(f"| {name} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['least']:.2f}-"
-                     f"{row['most']:.2f} | {row['first_ms']:.0f} |")
-    return "\n".join(lines)
+def print_regressions(baseline: dict, report: dict, tolerance: float) -> bool:
+    """Prints each contender's ratio in both reports; returns whether one grew beyond tolerance."""
+    regressed = False
+    print(f"\nratios to {next(iter(baseline['rows']))} in the baseline "
+          f"({baseline['device_name']}, torch {baseline['torch']}) and now:")
+    for name, old in baseline["rows"].items():
+        ratio = report["rows"][name]["ratio"]
+        slower = ratio > old["ratio"] * (1 + tolerance)
+        regressed |= slower
+        print(f"  {name}: {old['ratio']:.3f} ({old['least']:.3f}-{old['most']:.3f}), {ratio:.3f}"
+              f"{'  SLOWER' if slower else ''}")
+    return regressed
 
 
 if __name__ == "__main__":

@@ -1,36 +1,42 @@
-"""The paper's T against T/2 protocol (its section 3.2) for any two settings.
+"""Compares two settings by the paper's T against T/2 protocol (its section 3.2).
 
     python -m experiments.compare --baseline=config/train_gpt2_small_adamw.py \
         --candidate=config/train_gpt2_small_sophiag.py --max_iters=100000,200000 --warmup=steps
     python -m experiments.compare --baseline="config/quickstart_adamw.py" --rates=0.5,1,2 \
         --candidate="config/quickstart.py,gamma_target=0.95" --max_iters=600 --ratios=0.5,0.7,1
 
-"S is twice as fast as A" means: S, scheduled for T/2 steps, ends at or below the loss that A,
-scheduled for T steps at its best learning rate, ends at. So for each T the baseline runs at every
-rate of its ladder with the first seed, then with the other seeds at the best; the candidate runs
-for each of `ratios` times T with every seed. Runs that have finished are not run again. A contender
-is a config file and settings after commas; both must train on the same dataset and context and be
-evaluated on the same windows. The warm-up keeps its share of a run; the paper's is 2000 steps in
-runs of every length, which --warmup=steps keeps. Losses in the middle of a schedule decide nothing;
-they are drawn, and the table tells when a run first met the baseline's final loss.
-Written to --out_dir: comparison.md, .json, .svg and .png.
+"S is twice as fast as A" means: S with a schedule of T/2 steps ends at or below the loss at which A
+ends with a schedule of T steps at its best learning rate. So for each T the baseline runs with the
+first seed at every learning rate of its ladder, then with the other seeds at the best of them; the
+candidate runs with every seed for each of `ratios` times T. Finished runs are not repeated.
+A contender is a config file and settings after commas. Both must train on the same dataset and
+context and be evaluated on the same windows. A config's warm-up keeps its share of the run when the
+length changes; the paper's is 2000 steps at every length, which --warmup=steps keeps. Losses in the
+middle of a schedule decide nothing: they are drawn, and the table shows the step at which a run
+first reached the baseline's final loss. The results in --out_dir are comparison.md, .json, .svg and
+.png.
 """
 
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from experiments.plot import COLOURS, pyplot
-from experiments.runs import Cell, RunSettings, by_name, mean, scaled
+from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
+from experiments.runs import Result, RunSettings, RunSpec, by_name, mean, scaled_flags
 from nanosophia.configurator import ConfigError, command, knob, load
+from nanosophia.files import write_text
+from nanosophia.options import Config
+
+# Settings that both contenders must share, or their losses do not measure the same thing.
+SHARED_KEYS = ("dataset", "block_size", "eval_windows")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings(RunSettings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.compare`."""
 
     baseline: str = knob("", "config file, then settings after commas", section="comparison")
     candidate: str = knob("", "config file, then settings after commas")
@@ -39,7 +45,8 @@ class CompareSettings(RunSettings):
     rates: str = knob("1", "the baseline's ladder: multiples of its learning rate, comma-separated")
     seeds: int = knob(1, "runs of each setting, with seeds 0, 1, ...", low=1)
     warmup: Literal["share", "steps"] = knob(
-        "share", "what of a config's warm-up is kept when the length is another")
+        "share", "what a config's warm-up keeps at another length: its share of the run or its "
+                 "steps")
 
     def check(self) -> None:
         super().check()
@@ -48,216 +55,277 @@ class CompareSettings(RunSettings):
                 raise ConfigError(f"{key} is not given; give a config file, e.g. --{key}="
                                   "config/quickstart.py", key)
         for key in ("ratios", "rates"):
-            numbers(self, key)
-        if any(x != int(x) for x in numbers(self, "max_iters", empty=True)):
-            raise ConfigError(f"max_iters = {self.max_iters!r} are not whole numbers", "max_iters")
+            parse_numbers(self, key)
+        if any(x != int(x) for x in parse_numbers(self, "max_iters", may_be_empty=True)):
+            raise ConfigError(f"max_iters = {self.max_iters!r} are not whole numbers; write them "
+                              "like --max_iters=600,1200", "max_iters")
 
     def lengths(self) -> list[int]:
-        """The baseline's Ts."""
-        return [int(x) for x in numbers(self, "max_iters", empty=True)] or \
-            [Cell("", self.contender(self.baseline)).config().max_iters]
+        """Returns the baseline's lengths T."""
+        given = [int(x) for x in parse_numbers(self, "max_iters", may_be_empty=True)]
+        return given or [self.config(self.baseline).max_iters]
 
-    def contender(self, text: str) -> tuple[str, ...]:
-        """train.py's arguments of a contender, with those for every run."""
-        return (*flags(text), *self.extra)
+    def flags_of(self, contender: str) -> tuple[str, ...]:
+        """Returns train.py's flags of a contender, with those for every run."""
+        return (*contender_flags(contender), *self.extra)
+
+    def config(self, contender: str) -> Config:
+        """Returns a contender's resolved settings; raises ConfigError."""
+        return RunSpec("", self.flags_of(contender)).config()
 
 
-def numbers(settings, key: str, *, empty: bool = False) -> list[float]:
-    """The positive numbers of a comma-separated setting, each once; raises ConfigError."""
+@dataclass(frozen=True)
+class LengthResults:
+    """The results at one length of the baseline; lists have an entry per seed."""
+
+    T: int
+    sweep: dict[float, Result]  # the baseline with the first seed, by learning rate
+    baseline: list[Result]  # at the best of these learning rates
+    candidates: dict[float, list[Result]]  # by ratio of the candidate's length to T
+
+    @property
+    def best_rate(self) -> float:
+        """Returns the baseline's best learning rate."""
+        return self.baseline[0].config.learning_rate
+
+    @property
+    def target(self) -> float:
+        """Returns the baseline's final loss, the mean over seeds: what a candidate must reach."""
+        return mean([result.loss for result in self.baseline])
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A setting in the table and in the JSON file; None stands for the loss of a diverged run."""
+
+    name: str
+    learning_rate: float
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float
+    losses: list[float | None]  # by seed, as `met`
+    mean: float | None
+    met: list[int | None]  # the step that first reached the baseline's final loss; None: never
+
+
+def parse_numbers(settings: CompareSettings, key: str, *, may_be_empty: bool = False,
+                  ) -> list[float]:
+    """Returns the positive numbers of a comma-separated setting, each once; raises ConfigError."""
     text = getattr(settings, key)
     try:
-        found = list(dict.fromkeys(float(x) for x in text.split(",") if x.strip()))
+        numbers = list(dict.fromkeys(float(x) for x in text.split(",") if x.strip()))
     except ValueError:
-        found = [-1.0]
-    if not (found or empty) or not all(0 < x < math.inf for x in found):
+        numbers = [math.nan]  # refused below
+    if not (numbers or may_be_empty) or not all(0 < x < math.inf for x in numbers):
         raise ConfigError(f"{key} = {text!r} is not a list of positive numbers; write it like "
                           f"--{key}=1,2", key)
-    return found
+    return numbers
 
 
-def flags(contender: str) -> tuple[str, ...]:
-    """train.py's arguments of a contender."""
+def contender_flags(contender: str) -> tuple[str, ...]:
+    """Returns train.py's flags for a config file and settings after commas."""
     parts = [part.strip() for part in contender.split(",") if part.strip()]
     return tuple(part if part.endswith(".py") else f"--{part}" for part in parts)
 
 
-def one(settings: CompareSettings, name: str, contender: str, steps: int, seed: int,
-        **more) -> Cell:
-    """The cell of a contender at a length, evaluated at least ten times."""
-    given = settings.contender(contender)
-    every = min(Cell("", given).config().eval_interval, max(1, steps // 10))
-    return Cell(f"{name}_s{seed}", scaled(given, steps, seed=seed, eval_interval=every,
-                                          keep_warmup=settings.warmup == "steps", **more))
+def contender_spec(settings: CompareSettings, name: str, contender: str, steps: int, seed: int,
+                   **more) -> RunSpec:
+    """Returns the spec of a contender at a length; it is evaluated at least ten times."""
+    eval_interval = min(settings.config(contender).eval_interval, max(1, steps // 10))
+    return RunSpec(f"{name}_s{seed}", scaled_flags(
+        settings.flags_of(contender), steps, seed=seed, eval_interval=eval_interval,
+        keep_warmup=settings.warmup == "steps", **more))
 
 
-ALIKE = ("dataset", "block_size", "eval_windows")  # or the losses are not of the same thing
+def run_comparison(settings: CompareSettings) -> list[LengthResults]:
+    """Makes the runs that are missing; returns the results of each length.
+
+    Raises ConfigError, before the first run, where a run would be refused or where the contenders
+    cannot be compared.
+    """
+    check_shared_keys(settings)
+    base_rate = settings.config(settings.baseline).learning_rate
+    rates = [base_rate * x for x in parse_numbers(settings, "rates")]
+    lengths, ratios = settings.lengths(), parse_numbers(settings, "ratios")
+    seeds = range(settings.seeds)
+
+    def baseline(T: int, rate: float, seed: int) -> RunSpec:
+        return contender_spec(settings, f"baseline_T{T}_lr{rate:.6g}", settings.baseline, T, seed,
+                              learning_rate=rate)
+
+    def candidate(T: int, ratio: float, seed: int) -> RunSpec:
+        return contender_spec(settings, f"candidate_{ratio:g}T{T}", settings.candidate,
+                              round(ratio * T), seed)
+
+    sweep_specs = [baseline(T, rate, 0) for T in lengths for rate in rates]
+    candidate_specs = [candidate(T, ratio, s) for T in lengths for ratio in ratios for s in seeds]
+    settings.check_specs([*sweep_specs, *candidate_specs])
+    swept = by_name(settings.run_all(sweep_specs))
+    sweeps = {T: {rate: swept[baseline(T, rate, 0).name] for rate in rates} for T in lengths}
+    best = {T: min(rates, key=lambda rate, T=T: sweeps[T][rate].loss) for T in lengths}
+    results = by_name(settings.run_all(
+        [baseline(T, best[T], s) for T in lengths for s in seeds] + candidate_specs))
+    return [LengthResults(
+        T, sweeps[T], [results[baseline(T, best[T], s).name] for s in seeds],
+        {ratio: [results[candidate(T, ratio, s).name] for s in seeds] for ratio in ratios})
+        for T in lengths]
 
 
-def carry_out_all(settings: CompareSettings) -> dict:
-    """Runs what is missing; {T: {"ladder": {rate: Result}, "baseline": [Result],
-    ratio: [Result]}}. Raises ConfigError, before anything has run, where a run would be refused or
-    the contenders cannot be compared."""
-    first, second = (Cell("", settings.contender(text)).config()
-                     for text in (settings.baseline, settings.candidate))
-    for key in ALIKE:
+def check_shared_keys(settings: CompareSettings) -> None:
+    """Raises ConfigError where the contenders' losses would not measure the same thing."""
+    first, second = settings.config(settings.baseline), settings.config(settings.candidate)
+    for key in SHARED_KEYS:
         if getattr(first, key) != getattr(second, key):
             raise ConfigError(f"the baseline has {key} = {getattr(first, key)!r}, the candidate "
                               f"{getattr(second, key)!r}: their losses cannot be compared; give "
                               "both the same", "baseline", "candidate")
-    rates = [first.learning_rate * x for x in numbers(settings, "rates")]
-    lengths, ratios = settings.lengths(), numbers(settings, "ratios")
-
-    def baseline(T: int, rate: float, seed: int) -> Cell:
-        return one(settings, f"baseline_T{T}_lr{rate:.6g}", settings.baseline, T, seed,
-                   learning_rate=rate)
-
-    def candidate(T: int, ratio: float, seed: int) -> Cell:
-        return one(settings, f"candidate_{ratio:g}T{T}", settings.candidate, round(ratio * T), seed)
-
-    seeds = range(settings.seeds)
-    tried = [baseline(T, rate, 0) for T in lengths for rate in rates]
-    judged = [candidate(T, ratio, s) for T in lengths for ratio in ratios for s in seeds]
-    settings.check_cells([*tried, *judged])
-    ladder = by_name(settings.carry_out(tried))
-    best = {T: min(rates, key=lambda rate, T=T: ladder[baseline(T, rate, 0).name].loss)
-            for T in lengths}
-    rest = by_name(settings.carry_out(
-        [baseline(T, best[T], s) for T in lengths for s in seeds] + judged))
-    return {T: {"ladder": {rate: ladder[baseline(T, rate, 0).name] for rate in rates},
-                "baseline": [rest[baseline(T, best[T], s).name] for s in seeds],
-                **{ratio: [rest[candidate(T, ratio, s).name] for s in seeds] for ratio in ratios}}
-            for T in lengths}
 
 
-def verdicts(found: dict) -> list[str]:
-    """One sentence per T and ratio."""
-    words = []
-    group = next(iter(found.values()))
-    first, second = group["baseline"][0].config, next(reversed(group.values()))[0].config
+def verdicts(lengths: list[LengthResults]) -> list[str]:
+    """Returns what the runs show: a sentence per T and ratio, and what limits the comparison."""
+    sentences = []
+    first = lengths[0].baseline[0].config
+    second = next(iter(lengths[0].candidates.values()))[0].config
     if first.tokens_per_step != second.tokens_per_step:
-        words.append(f"a step of the baseline sees {first.tokens_per_step:,} tokens, one of the "
-                     f"candidate {second.tokens_per_step:,}: equal steps are not equal data")
-    for T, group in found.items():
-        target = mean([r.loss for r in group["baseline"]])
-        edge = list(group["ladder"])
-        if len(edge) > 1 and group["baseline"][0].config.learning_rate in (min(edge), max(edge)):
-            words.append(f"T = {T:,}: the baseline's best learning rate, "
-                         f"{group['baseline'][0].config.learning_rate:g}, is at the end of its "
-                         "ladder, so it may not be tuned: widen --rates")
-        for ratio, results in group.items():
-            if ratio in ("ladder", "baseline"):
-                continue
-            losses = [r.loss for r in results]
-            lost = sum(r.diverged for r in (*results, *group["baseline"]))
-            if lost:
-                words.append(f"T = {T:,}: no verdict on {ratio:g} T, {lost} of "
-                             f"{len(results) + len(group['baseline'])} runs diverged")
-                continue
-            gap, every = mean(losses) - target, [r.loss for r in (*results, *group["baseline"])]
-            spread = max(max(x) - min(x) for x in
-                         (losses, [r.loss for r in group["baseline"]])) if len(every) > 2 else None
-            verb = "reaches" if gap <= 0 else "does not reach"
-            noise = f", seeds differ by up to {spread:.4f}" if spread is not None else \
-                ", one seed each"
-            words.append(f"T = {T:,}: the candidate in {ratio:g} T = {round(ratio * T):,} steps "
-                         f"{verb} the baseline: {mean(losses):.4f} against {target:.4f} "
-                         f"({gap:+.4f}{noise})")
-    return words
+        sentences.append(f"a step of the baseline sees {first.tokens_per_step:,} tokens, one of "
+                         f"the candidate {second.tokens_per_step:,}: equal steps are not equal "
+                         "data")
+    for length in lengths:
+        rates = list(length.sweep)
+        if len(rates) > 1 and length.best_rate in (min(rates), max(rates)):
+            sentences.append(f"T = {length.T:,}: the baseline's best learning rate, "
+                             f"{length.best_rate:g}, is at the end of its ladder, so it may not be "
+                             "tuned: widen --rates")
+        sentences += [verdict(length, ratio) for ratio in length.candidates]
+    return sentences
 
 
-def rows(found: dict) -> list[dict]:
-    """What the table and the JSON file hold: one entry per setting."""
-    table = []
-    for T, group in found.items():
-        target = mean([r.loss for r in group["baseline"]])
-        best = group["baseline"][0].config.learning_rate
-        settings = [(f"baseline, T = {T:,}", group["baseline"])]
-        settings += [(f"baseline, T = {T:,}, ladder", [r]) for rate, r in group["ladder"].items()
-                     if rate != best]
-        settings += [(f"candidate, {ratio:g} x {T:,}", results) for ratio, results in group.items()
-                     if ratio not in ("ladder", "baseline")]
-        for name, results in settings:
-            first = results[0]
-            table.append(dict(
-                name=name, learning_rate=first.config.learning_rate, steps=first.config.max_iters,
-                tokens=first.tokens, flops=first.flops, seconds=mean([r.seconds for r in results]),
-                losses=[None if r.diverged else r.loss for r in results],
-                mean=None if any(r.diverged for r in results) else mean([r.loss for r in results]),
-                met=[r.steps_to(target) for r in results]))
-    return table
+def verdict(length: LengthResults, ratio: float) -> str:
+    """Returns the sentence on one length of the candidate: whether it reaches the baseline."""
+    T, target, candidates = length.T, length.target, length.candidates[ratio]
+    diverged = [r for r in (*candidates, *length.baseline) if r.diverged]
+    if diverged:
+        return (f"T = {T:,}: no verdict on {ratio:g} T, {len(diverged)} of "
+                f"{len(candidates) + len(length.baseline)} runs diverged")
+    losses = [r.loss for r in candidates]
+    noise = "one seed each"
+    if len(losses) > 1:
+        spread = max(max(x) - min(x) for x in (losses, [r.loss for r in length.baseline]))
+        noise = f"seeds differ by up to {spread:.4f}"
+    verb = "reaches" if mean(losses) <= target else "does not reach"
+    return (f"T = {T:,}: the candidate in {ratio:g} T = {round(ratio * T):,} steps {verb} the "
+            f"baseline: {mean(losses):.4f} against {target:.4f} ({mean(losses) - target:+.4f}, "
+            f"{noise})")
 
 
-def markdown(settings: CompareSettings, found: dict) -> str:
-    """The report."""
-    def words(loss: float | None) -> str:
+def table_rows(lengths: list[LengthResults]) -> list[TableRow]:
+    """Returns a row per setting: at each T the baseline, its other rates, the candidates."""
+    rows = []
+    for length in lengths:
+        T = length.T
+        settings = [(f"baseline, T = {T:,}", length.baseline)]
+        settings += [(f"baseline, T = {T:,}, ladder", [result])
+                     for rate, result in length.sweep.items() if rate != length.best_rate]
+        settings += [(f"candidate, {ratio:g} x {T:,}", results)
+                     for ratio, results in length.candidates.items()]
+        rows += [table_row(name, results, length.target) for name, results in settings]
+    return rows
+
+
+def table_row(name: str, results: list[Result], target: float) -> TableRow:
+    """Returns the row of one setting, whose results differ in the seed alone."""
+    first, losses = results[0], [None if r.diverged else r.loss for r in results]
+    return TableRow(
+        name=name, learning_rate=first.config.learning_rate, steps=first.config.max_iters,
+        tokens=first.tokens, flops=first.flops, seconds=mean([r.seconds for r in results]),
+        losses=losses, mean=None if None in losses else mean(losses),
+        met=[r.steps_to(target) for r in results])
+
+
+def markdown(settings: CompareSettings, lengths: list[LengthResults]) -> str:
+    """Returns the report: the verdicts and the table."""
+    def text(loss: float | None) -> str:
         return "diverged" if loss is None else f"{loss:.4f}"
 
-    lines = [f"Baseline {settings.baseline}, candidate {settings.candidate}"
-             + (f", flags {settings.flags}" if settings.flags else "") + ".", "",
-             *[f"- {words}" for words in verdicts(found)], "",
+    flags = f", flags {settings.flags}" if settings.flags else ""
+    lines = [f"Baseline {settings.baseline}, candidate {settings.candidate}{flags}.", "",
+             *[f"- {sentence}" for sentence in verdicts(lengths)], "",
              "| | learning rate | steps | tokens | FLOPs | seconds | final val. loss by seed | "
              "mean | met the baseline's final loss at step |", "|---" * 9 + "|"]
-    for r in rows(found):
-        met = ", ".join("-" if m is None else f"{m:,}" for m in r["met"])
-        lines.append(f"| {r['name']} | {r['learning_rate']:g} | {r['steps']:,} | {r['tokens']:,} | "
-                     f"{r['flops']:.3g} | {r['seconds']:.0f} | "
-                     f"{', '.join(map(words, r['losses']))} | {words(r['mean'])} | {met} |")
+    for row in table_rows(lengths):
+        met = ", ".join("-" if step is None else f"{step:,}" for step in row.met)
+        lines.append(f"| {row.name} | {row.learning_rate:g} | {row.steps:,} | {row.tokens:,} | "
+                     f"{row.flops:.3g} | {row.seconds:.0f} | "
+                     f"{', '.join(map(text, row.losses))} | {text(row.mean)} | {met} |")
     return "\n".join([*lines, "", "![losses](comparison.svg)", ""])
 
 
-def draw(found: dict, file: Path) -> None:
-    """The losses of the longest T on the left, final losses against steps on the right.
-
-    Also as a .png beside it.
-    """
+def draw(lengths: list[LengthResults], file: Path) -> None:
+    """Draws the losses of the longest T on the left and final losses against steps on the right;
+    writes `file` and a .png beside it."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained",
                                          sharey=True)
-    T, group = max(found.items())
-    kinds = [kind for kind in group if kind != "ladder"]
-    for i, kind in enumerate(kinds):
-        name = "baseline" if kind == "baseline" else f"candidate, {kind:g} T"
-        for n, result in enumerate(group[kind]):
-            left.plot([step for step, _ in result.points], [loss for _, loss in result.points],
-                      color=COLOURS[i % len(COLOURS)], linewidth=1.4, marker="o", markersize=3,
-                      label=name + " (diverged)" * result.diverged
-                      if n == 0 or result.diverged else None)
-        means = [(g[kind][0].config.max_iters, mean([r.loss for r in g[kind]]))
-                 for _, g in sorted(found.items())]
-        right.plot(*zip(*means, strict=True), color=COLOURS[i % len(COLOURS)], marker="o",
-                   linewidth=1.4)
-        for g in found.values():
-            right.plot([r.config.max_iters for r in g[kind]], [r.loss for r in g[kind]], ".",
-                       color=COLOURS[i % len(COLOURS)], alpha=0.5)
-    target = mean([r.loss for r in group["baseline"]])
-    for axes, words in ((left, f"validation loss, T = {T:,}"), (right, "final losses")):
-        if target < math.inf:
-            axes.axhline(target, color="#777777", linewidth=0.8, linestyle=":")
-        axes.set_title(words, loc="left", fontsize="medium")
+    lengths = sorted(lengths, key=lambda length: length.T)
+    longest = lengths[-1]
+    draw_losses(left, longest)
+    draw_final_losses(right, lengths)
+    for axes, title in ((left, f"validation loss, T = {longest.T:,}"), (right, "final losses")):
+        if longest.target < math.inf:
+            axes.axhline(longest.target, color="#777777", linewidth=0.8, linestyle=":")
+        axes.set_title(title, loc="left", fontsize="medium")
         axes.set_xlabel("training steps")
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        clear_frame(axes)
     left.set_ylabel("loss, nats per token")
-    early = [r.points[len(r.points) // 8][1] for k in kinds for r in group[k] if r.points]
-    if early:
+    early = [r.points[len(r.points) // 8][1]
+             for results in (longest.baseline, *longest.candidates.values())
+             for r in results if r.points]
+    if early:  # the first evaluations would hide the differences
         left.set_ylim(top=max(early))
     left.legend(frameon=False)
-    figure.savefig(file, metadata={"Date": None})
-    figure.savefig(file.with_suffix(".png"), dpi=150)
-    plt.close(figure)
+    save_figure(figure, file, file.with_suffix(".png"))
+
+
+def draw_losses(axes, length: LengthResults) -> None:
+    """Draws the validation losses of every run at one T, a colour per setting."""
+    settings = {"baseline": length.baseline}
+    settings |= {f"candidate, {ratio:g} T": results for ratio, results in length.candidates.items()}
+    for i, (name, results) in enumerate(settings.items()):
+        for seed, result in enumerate(results):
+            label = f"{name} (diverged)" if result.diverged else name if seed == 0 else None
+            axes.plot([step for step, _ in result.points], [loss for _, loss in result.points],
+                      color=COLOURS[i % len(COLOURS)], linewidth=1.4, marker="o", markersize=3,
+                      label=label)
+
+
+def draw_final_losses(axes, lengths: list[LengthResults]) -> None:
+    """Draws final losses over steps: a line through the means of a setting, a point per run."""
+    settings = [[length.baseline for length in lengths]]
+    settings += [[length.candidates[ratio] for length in lengths]
+                 for ratio in lengths[0].candidates]
+    for i, groups in enumerate(settings):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot([results[0].config.max_iters for results in groups],
+                  [mean([r.loss for r in results]) for results in groups],
+                  color=colour, marker="o", linewidth=1.4)
+        for results in groups:
+            axes.plot([r.config.max_iters for r in results], [r.loss for r in results], ".",
+                      color=colour, alpha=0.5)
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
+    """Runs the command."""
     settings, _ = load(CompareSettings, argv, "python -m experiments.compare --baseline=CONFIG "
                                               "--candidate=CONFIG [--key=value]")
-    pyplot()  # better missed now than after the runs
-    found = carry_out_all(settings)
-    text, out = markdown(settings, found), Path(settings.out_dir)
-    (out / "comparison.md").write_text(text)
-    (out / "comparison.json").write_text(json.dumps(rows(found), indent=1) + "\n")
-    draw(found, out / "comparison.svg")
+    pyplot()  # where matplotlib is missing, fail before the runs
+    lengths = run_comparison(settings)
+    text, out = markdown(settings, lengths), Path(settings.out_dir)
+    write_text(out / "comparison.md", text)
+    rows = [asdict(row) for row in table_rows(lengths)]
+    write_text(out / "comparison.json", json.dumps(rows, indent=1) + "\n")
+    draw(lengths, out / "comparison.svg")
     print(text)
 
 

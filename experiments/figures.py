@@ -1,93 +1,109 @@
-"""The paper's ablations and scaling as lists of runs: Fig. 1d/4, 6 and 7.
+"""Runs the paper's ablations and scaling and draws them: Fig. 1d/4, 6 and 7.
 
     python -m experiments.figures --figure=7a --preset=small --jobs=2     # minutes on two CPU cores
     python -m experiments.figures --figure=7a --nproc_per_node=8          # as in the paper
 
     4   final losses of AdamW, Lion, Sophia-H and Sophia-G over model sizes (1d: the same points)
     6a  share of steps whose gradient norm was clipped
-    6b  largest stable learning rate with and without inverse-layer scaling (GPT-2 medium's depth)
+    6b  largest stable learning rate with and without inverse-layer scaling, at GPT-2 medium's depth
     6c  final loss over gamma and beta2
-    7a  k = 1, 10, 100 against compute
-    7b  estimators: GNB, Hutchinson, empirical Fisher, AdaHessian's, each under the clip
-    7c  clipping: sign momentum, normalized momentum, GNB without a clip, Sophia-G
+    7a  losses against compute for k = 1, 10, 100
+    7b  estimators: GNB, Hutchinson, empirical Fisher, AdaHessian's, each with clipping
+    7c  clipping: sign momentum, normalized momentum, GNB without clipping, Sophia-G
 
-Every run is a config of this repository, or one with the settings that the figure changes. `small`
-lays a byte-level model of the quickstart's size and 200 steps over each: it shows that the commands
-work and which way things fall there, not what the paper's sizes give. Runs that have finished are
-not run again. Written to --out_dir: PRESET_FIGURE.md, .svg and .png.
+Every run is a config of this repository with the settings that the figure changes. The preset
+`small` replaces the model of each by a byte-level one of the quickstart's size and trains it for
+200 steps: it shows that the commands work and how the methods compare at that size, not what the
+paper's sizes give. Finished runs are not repeated. The results in --out_dir are PRESET_FIGURE.md,
+.svg and .png.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
-from experiments.gamma import climb
-from experiments.plot import COLOURS, STYLES, pyplot
-from experiments.runs import Cell, Result, RunSettings, by_name, scaled
+from experiments.gamma import sweep_lr
+from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
+from experiments.runs import Result, RunSettings, RunSpec, by_name, scaled_flags
 from nanosophia.configurator import command, knob, load
+from nanosophia.files import write_text
 
-# What the small preset lays over a config of the paper. Its steps are 240 times smaller in tokens,
-# so gamma is larger; its rates are those that suited AdamW there, in the paper's proportions.
+# The small preset's settings in place of the paper's. A step has 240 times fewer tokens, so gamma
+# is larger; learning rates are multiplied by what suited AdamW at this size.
 SMALL = dict(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=320, dataset="stdlib",
              total_batch_size=32, max_iters=200, warmup_iters=20, eval_interval=20,
              eval_windows=400, log_interval=5, checkpoint_interval=1000, keep_best=False)
-SMALL_RATES, SMALL_GAMMAS, SMALL_ROWS = 6, 40, {240: 16, 32: 2}
-DEEP = dict(n_layer=8, n_embd=32, max_iters=200, warmup_iters=20)  # Fig. 6b, small
+SMALL_RATE_FACTOR, SMALL_GAMMA_FACTOR = 6, 40
+SMALL_HESSIAN_ROWS = {240: 16, 32: 2}  # the paper's hessian_batch_size: the small preset's
+SMALL_DEEP = dict(n_layer=8, n_embd=32, max_iters=200, warmup_iters=20)  # Fig. 6b
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureSettings(RunSettings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.figures`."""
 
-    figure: Literal["4", "6a", "6b", "6c", "7a", "7b", "7c"] = knob("7a", "which one",
+    figure: Literal["4", "6a", "6b", "6c", "7a", "7b", "7c"] = knob("7a", "figure of the paper",
                                                                   section="figure")
-    preset: Literal["paper", "small"] = knob("paper", "the paper's sizes, or a laptop's")
-    max_iters: int = knob(0, "steps of every run; 0 = the preset's", low=0)
+    preset: Literal["paper", "small"] = knob("paper", "the paper's model sizes, or a laptop's")
+    max_iters: int = knob(0, "length of every run; 0 = the preset's", unit="steps", low=0)
 
 
-def cell(settings: FigureSettings, name: str, file: str, **changes) -> Cell:
-    """A run of a config under the preset and the user's flags, with what the figure changes."""
+@dataclass(frozen=True)
+class Figure:
+    """The content of a figure: a table, and a function that draws on matplotlib axes."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    draw: Callable[[Any], None]
+
+
+def run_spec(settings: FigureSettings, name: str, file: str, **changes) -> RunSpec:
+    """Returns the spec of a config under the preset, the user's flags and the figure's changes.
+
+    The changes `learning_rate_times` and `gamma_times` multiply the preset's value.
+    """
     file = f"config/{file}.py"
-    config, values = Cell("", (file,)).config(), {}
+    config, values = RunSpec("", (file,)).config(), {}
     if settings.preset == "small":
         values = SMALL | dict(
             batch_size=max(1, SMALL["total_batch_size"] // settings.nproc_per_node),
-            learning_rate=config.learning_rate * SMALL_RATES,
-            gamma=config.gamma * SMALL_GAMMAS if config.gamma < 1 else config.gamma,
-            hessian_batch_size=SMALL_ROWS.get(config.hessian_batch_size, 16))
+            learning_rate=config.learning_rate * SMALL_RATE_FACTOR,
+            gamma=config.gamma * SMALL_GAMMA_FACTOR if config.gamma < 1 else config.gamma,
+            hessian_batch_size=SMALL_HESSIAN_ROWS.get(config.hessian_batch_size, 16))
         if config.beta1 > 0.9:
-            values["beta1"] = 0.9  # .96 forgets too slowly for so few steps
+            values["beta1"] = 0.9  # .96 averages over too many of so few steps
     for key in ("learning_rate", "gamma"):
         if f"{key}_times" in changes:
             changes[key] = values.get(key, getattr(config, key)) * changes.pop(f"{key}_times")
     preset = (file, *_as_flags(values), *settings.extra)
     if settings.max_iters:
-        preset = scaled(preset, settings.max_iters)
+        preset = scaled_flags(preset, settings.max_iters)
         changes = {k: v for k, v in changes.items() if k not in ("max_iters", "warmup_iters")}
-    return Cell(f"{settings.preset}_{name}", (*preset, *_as_flags(changes)))
+    return RunSpec(f"{settings.preset}_{name}", (*preset, *_as_flags(changes)))
 
 
 def _as_flags(values: dict) -> tuple[str, ...]:
     return tuple(f"--{key}={value}" for key, value in values.items())
 
 
-class Found(NamedTuple):
-    """A figure: its table, and what draws it."""
-
-    headings: list[str]
-    rows: list[list[str]]
-    draw: Callable
+def run_labelled(settings: FigureSettings, specs: dict[Any, RunSpec]) -> dict[Any, Result]:
+    """Makes the runs; returns their results under the same keys."""
+    results = by_name(settings.run_all(list(specs.values())))
+    return {label: results[spec.name] for label, spec in specs.items()}
 
 
-def curves(settings: FigureSettings, cells: dict[str, Cell], x: str = "step",
-           also: dict[str, Callable[[Result], str]] | None = None) -> Found:
-    """Runs the cells; validation losses over steps or FLOPs."""
-    found = by_name(settings.carry_out(list(cells.values())))
-    results = {label: found[c.name] for label, c in cells.items()}
-    also = also or {}
-    rows = [[label, f"{r.loss:.4f}", f"{r.flops:.3g}", *(f(r) for f in also.values())]
+def loss_curves(settings: FigureSettings, specs: dict[str, RunSpec], *,
+                x: Literal["training steps", "FLOPs"] = "training steps",
+                columns: dict[str, Callable[[Result], str]] | None = None) -> Figure:
+    """Makes the runs; returns a figure of validation losses over steps or FLOPs.
+
+    `columns` are more columns of the table, by their headings.
+    """
+    results = run_labelled(settings, specs)
+    columns = columns or {}
+    rows = [[label, f"{r.loss:.4f}", f"{r.flops:.3g}", *(text(r) for text in columns.values())]
             for label, r in results.items()]
 
     def draw(axes) -> None:
@@ -97,30 +113,28 @@ def curves(settings: FigureSettings, cells: dict[str, Cell], x: str = "step",
                       color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i % len(STYLES)],
                       marker="o", markersize=3, label=label)
         first = [r.points[0][1] for r in results.values() if r.points and not r.diverged]
-        if first:
+        if first:  # a run that rises above its first loss would hide the others
             axes.set_ylim(top=1.02 * max(first))
-        axes.set_xlabel(f"training {x}s" if x == "step" else x)
+        axes.set_xlabel(x)
         axes.set_ylabel("validation loss, nats per token")
 
-    return Found(["run", "final validation loss", "FLOPs", *also], rows, draw)
+    return Figure(["run", "final validation loss", "FLOPs", *columns], rows, draw)
 
 
-def figure_4(settings: FigureSettings) -> Found:
-    """Final losses over sizes."""
+def figure_4(settings: FigureSettings) -> Figure:
+    """Returns the final losses over model sizes."""
     sizes = {"30m": {}, "small": {}, "medium": {}, "540m": {}, "large": {}}
     if settings.preset == "small":
         sizes = {"32 x 2": dict(n_embd=32, n_layer=2), "64 x 3": {}, "96 x 4": dict(n_embd=96,
                                                                                     n_layer=4)}
-    cells = {}
+    specs = {}
     for method in ("adamw", "lion", "sophiah", "sophiag"):
         for size, changes in sizes.items():
             file = f"train_gpt2_{'30m' if settings.preset == 'small' else size}_{method}"
-            if Path(f"config/{file}.py").exists():  # the paper has no Lion at every size
-                cells[method, size] = cell(settings, f"4_{method}_{size.replace(' ', '')}", file,
-                                           **changes)
-    found = by_name(settings.carry_out(list(cells.values())))
-    results = {key: found[c.name] for key, c in cells.items()}
-
+            if Path(f"config/{file}.py").exists():  # the paper does not have Lion at every size
+                name = f"4_{method}_{size.replace(' ', '')}"
+                specs[method, size] = run_spec(settings, name, file, **changes)
+    results = run_labelled(settings, specs)
     rows = [[f"{method}, {size}", f"{r.config.learning_rate:.3g}", f"{r.loss:.4f}"]
             for (method, size), r in results.items()]
 
@@ -133,46 +147,47 @@ def figure_4(settings: FigureSettings) -> Found:
         axes.set_xlabel("parameters")
         axes.set_ylabel("final validation loss, nats per token")
 
-    return Found(["run", "learning rate", "final validation loss"], rows, draw)
+    return Figure(["run", "learning rate", "final validation loss"], rows, draw)
 
 
-def figure_6a(settings: FigureSettings) -> Found:
-    """How often the gradient norm is clipped."""
+def figure_6a(settings: FigureSettings) -> Figure:
+    """Returns how often the gradient norm is clipped."""
     names = ("adamw", "lion", "sophiah", "sophiag")
-    cells = {name: cell(settings, f"6a_{name}", f"train_gpt2_30m_{name}") for name in names}
-    table = curves(settings, cells, also={
+    specs = {name: run_spec(settings, f"6a_{name}", f"train_gpt2_30m_{name}") for name in names}
+    figure = loss_curves(settings, specs, columns={
         "clipped steps": lambda r: f"{r.mean('norm_clip_rate'):.1%}",
         "after a tenth": lambda r: f"{r.mean('norm_clip_rate', 0.1):.1%}"})
 
     def draw(axes) -> None:
-        shares = [float(row[-2].rstrip("%")) for row in table.rows]
+        shares = [float(row[-2].rstrip("%")) for row in figure.rows]
         axes.bar(names, shares, color=COLOURS[:4])
         axes.set_ylabel("steps with a clipped gradient, %")
 
-    return table._replace(draw=draw)
+    return replace(figure, draw=draw)
 
 
-def figure_6b(settings: FigureSettings) -> Found:
-    """The largest rate that does not blow up, with and without inverse-layer scaling."""
-    def rung(method: str, inverse: bool) -> tuple[Callable[[float], Cell], float]:
+def figure_6b(settings: FigureSettings) -> Figure:
+    """Returns the largest stable learning rate with and without inverse-layer scaling."""
+    def rate_spec(method: str, inverse: bool) -> tuple[Callable[[float], RunSpec], float]:
         changes = dict(scale_attn_by_inverse_layer_idx=inverse, grad_clip=1.0)
         if settings.preset == "small":
-            changes |= DEEP
+            changes |= SMALL_DEEP
         file = f"train_gpt2_medium_{method}"
         name = f"6b_{method}_{'scaled' if inverse else 'plain'}"
-        return (lambda rate: cell(settings, f"{name}_{rate:.3g}", file, learning_rate=rate,
-                                  **changes)), cell(settings, "", file).config().learning_rate
+        return (lambda rate: run_spec(settings, f"{name}_{rate:.3g}", file, learning_rate=rate,
+                                  **changes)), run_spec(settings, "", file).config().learning_rate
 
     kinds = [(method, inverse) for method in ("adamw", "lion", "sophiag")
              for inverse in (False, True)]
-    found = climb(settings, {f"{m}, {'scaled' if s else 'plain'}": rung(m, s) for m, s in kinds},
-                  factor=2.0 if settings.preset == "paper" else 4.0)
+    sweeps = sweep_lr(settings,
+                      {f"{m}, {'scaled' if s else 'plain'}": rate_spec(m, s) for m, s in kinds},
+                      factor=2.0 if settings.preset == "paper" else 4.0)
     rows, bars = [], {}
-    for (method, inverse), ladder in zip(kinds, found.values(), strict=True):
-        bars[method, inverse] = ladder.largest
-        rows.append([method, "yes" if inverse else "no", f"{ladder.largest:.3g}",
-                     f"{ladder.best:.3g}", f"{ladder.best_loss:.4f}",
-                     f"{ladder.blown:.3g}" if ladder.blown else "none tried"])
+    for (method, inverse), sweep in zip(kinds, sweeps.values(), strict=True):
+        bars[method, inverse] = sweep.largest_stable
+        rows.append([method, "yes" if inverse else "no", f"{sweep.largest_stable:.3g}",
+                     f"{sweep.best:.3g}", f"{sweep.best_loss:.4f}",
+                     f"{sweep.blew_up_at:.3g}" if sweep.blew_up_at else "none tried"])
 
     def draw(axes) -> None:
         for i, ((_, inverse), rate) in enumerate(bars.items()):
@@ -181,17 +196,17 @@ def figure_6b(settings: FigureSettings) -> Found:
         axes.set_yscale("log")
         axes.set_ylabel("largest stable learning rate")
 
-    return Found(["optimizer", "inverse-layer scaling", "largest stable rate", "best rate",
-                  "its loss", "blew up at"], rows, draw)
+    return Figure(["optimizer", "inverse-layer scaling", "largest stable rate", "best rate",
+                   "its loss", "blew up at"], rows, draw)
 
 
-def figure_6c(settings: FigureSettings) -> Found:
-    """Final losses over gamma and beta2."""
+def figure_6c(settings: FigureSettings) -> Figure:
+    """Returns the final losses over gamma and beta2."""
     gammas, betas = (0.25, 1, 4), (0.95, 0.99, 0.995)
-    cells = {(g, b): cell(settings, f"6c_gamma{g:g}_beta{b:g}", "train_gpt2_30m_sophiag",
+    specs = {(g, b): run_spec(settings, f"6c_gamma{g:g}_beta{b:g}", "train_gpt2_30m_sophiag",
                           gamma_times=g, beta2=b) for g in gammas for b in betas}
-    found = by_name(settings.carry_out(list(cells.values())))
-    grid = [[found[cells[g, b].name] for b in betas] for g in gammas]
+    results = run_labelled(settings, specs)
+    grid = [[results[g, b] for b in betas] for g in gammas]
     rows = [[f"{line[0].config.gamma:g}",
              *(f"{r.loss:.4f} ({r.mean('unclipped_fraction', 0.5):.0%})" for r in line)]
             for line in grid]
@@ -208,65 +223,62 @@ def figure_6c(settings: FigureSettings) -> Found:
         axes.set_xlabel("beta2")
         axes.set_ylabel("gamma")
 
-    return Found(["gamma", *(f"beta2 {b:g}: loss (unclipped)" for b in betas)], rows, draw)
+    return Figure(["gamma", *(f"beta2 {b:g}: loss (unclipped)" for b in betas)], rows, draw)
 
 
-def figure_7a(settings: FigureSettings) -> Found:
-    """k against compute."""
+def figure_7a(settings: FigureSettings) -> Figure:
+    """Returns the losses against compute for several k."""
     files = {"k = 1": "ablation_k1", "k = 10": "train_gpt2_30m_sophiag", "k = 100": "ablation_k100"}
-    return curves(settings, {label: cell(settings, f"7_{file}", file)
-                             for label, file in files.items()}, x="FLOPs")
+    return loss_curves(settings, {label: run_spec(settings, f"7_{file}", file)
+                                  for label, file in files.items()}, x="FLOPs")
 
 
-def figure_7b(settings: FigureSettings) -> Found:
-    """Estimators."""
+def figure_7b(settings: FigureSettings) -> Figure:
+    """Returns the losses with each estimator."""
     files = {"Sophia-G (GNB)": "train_gpt2_30m_sophiag",
              "Sophia-H (Hutchinson)": "train_gpt2_30m_sophiah", "E-F + clip": "ablation_ef_clip",
              "AH + clip": "ablation_ah_clip", "AdaHessian": "ablation_adahessian"}
-    return curves(settings, {label: cell(settings, f"7_{file}", file)
-                             for label, file in files.items()})
+    return loss_curves(settings, {label: run_spec(settings, f"7_{file}", file)
+                                  for label, file in files.items()})
 
 
-def figure_7c(settings: FigureSettings) -> Found:
-    """Clipping."""
+def figure_7c(settings: FigureSettings) -> Figure:
+    """Returns the losses with and without each kind of clipping."""
     files = {"Sophia-G": "train_gpt2_30m_sophiag", "Clip (sign momentum)": "ablation_clip",
              "Normalize": "ablation_normalize", "GNB, no clip, k = 2": "ablation_gnb_unclipped"}
-    return curves(settings, {label: cell(settings, f"7_{file}", file)
-                             for label, file in files.items()})
+    return loss_curves(settings, {label: run_spec(settings, f"7_{file}", file)
+                                  for label, file in files.items()})
 
 
 FIGURES = {"4": figure_4, "6a": figure_6a, "6b": figure_6b, "6c": figure_6c, "7a": figure_7a,
            "7b": figure_7b, "7c": figure_7c}
 
 
-def write(settings: FigureSettings, found: Found) -> str:
-    """The table, also into FIGURE.md, and the picture."""
-    out = Path(settings.out_dir)
-    text = "\n".join([f"Figure {settings.figure}, preset {settings.preset}.", "",
-                      f"| {' | '.join(found.headings)} |", "|---" * len(found.headings) + "|",
-                      *(f"| {' | '.join(row)} |" for row in found.rows), ""])
+def write(settings: FigureSettings, figure: Figure) -> str:
+    """Writes the table and the pictures; returns the table."""
+    title = f"Figure {settings.figure}, preset {settings.preset}"
+    text = "\n".join([f"{title}.", "", f"| {' | '.join(figure.headings)} |",
+                      "|---" * len(figure.headings) + "|",
+                      *(f"| {' | '.join(row)} |" for row in figure.rows), ""])
     name = f"{settings.preset}_{settings.figure}"
-    (out / f"{name}.md").write_text(text)
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    found.draw(axes)
+    out = Path(settings.out_dir)
+    write_text(out / f"{name}.md", text)
+    picture, axes = pyplot().subplots(figsize=(6.4, 4), layout="constrained")
+    figure.draw(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"Figure {settings.figure}, preset {settings.preset}", loc="left",
-                   fontsize="medium")
-    for ending in ("svg", "png"):
-        figure.savefig(out / f"{name}.{ending}", dpi=150,
-                       metadata={"Date": None} if ending == "svg" else None)
-    plt.close(figure)
+    clear_frame(axes, grid=False)
+    axes.set_title(title, loc="left", fontsize="medium")
+    save_figure(picture, out / f"{name}.svg", out / f"{name}.png")
     return text
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
-    settings, _ = load(FigureSettings, argv, "python -m experiments.figures --figure=7a")
-    pyplot()  # better missed now than after the runs
+    """Runs the command."""
+    settings, _ = load(FigureSettings, argv,
+                       "python -m experiments.figures --figure=7a [--key=value]")
+    pyplot()  # where matplotlib is missing, fail before the runs
     print(write(settings, FIGURES[settings.figure](settings)))
 
 

@@ -2,8 +2,8 @@
 
     python -m experiments.frequent --dataset=data/books --out_dir=data/books4096 --vocab_size=4096
 
-Ids are renumbered by frequency in the training split; all others become the last one. The result
-trains like any prepared folder and cannot be decoded to text.
+Ids are renumbered by their frequency in the training split, and all rarer tokens share the last id.
+The result trains like any prepared folder; it cannot be decoded to text.
 """
 
 import hashlib
@@ -16,28 +16,30 @@ import numpy as np
 
 from nanosophia.configurator import ConfigError, Settings, command, knob, load
 from nanosophia.dataloader import open_dataset
+from nanosophia.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrequentSettings(Settings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.frequent`."""
 
-    dataset: str = knob("openwebtext", "prepared folder that is read")
-    out_dir: str = knob("data/frequent", "folder that is written")
-    vocab_size: int = knob(4096, "classes kept, the one for all others included", low=2, high=65536)
-    val_tokens: int = knob(0, "validation split taken from the end of the training split, for "
-                              "folders with a small one; 0 = the folder's own", unit="tokens",
-                           low=0)
+    dataset: str = knob("openwebtext", "prepared folder to read")
+    out_dir: str = knob("data/frequent", "folder to write")
+    vocab_size: int = knob(4096, "classes of the result, with the one that rarer tokens share",
+                           low=2, high=65536)
+    val_tokens: int = knob(0, "size of a validation split taken from the end of the training "
+                              "split, where the folder's own is small; 0 = the folder's own",
+                           unit="tokens", low=0)
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
+    """Runs the command."""
     settings, _ = load(FrequentSettings, argv, "python -m experiments.frequent [--key=value]")
     data = open_dataset(settings.dataset, 1)
     if settings.vocab_size > data.vocab_size:
         raise ConfigError(f"vocab_size = {settings.vocab_size} is more than the "
-                          f"{data.vocab_size} classes of {data.folder}", "vocab_size")
+                          f"{data.vocab_size} classes of {data.folder}; lower it", "vocab_size")
     counts = np.bincount(data.train, minlength=data.vocab_size)
     new_id = np.full(data.vocab_size, settings.vocab_size - 1, dtype=np.uint16)
     kept = np.argsort(-counts, kind="stable")[:settings.vocab_size - 1]
@@ -52,10 +54,10 @@ def main(argv: list[str]) -> None:
         ids = new_id[tokens]
         ids.tofile(out_dir / f"{split}.bin")
         splits[split] = dict(tokens=len(ids), sha256=hashlib.sha256(ids).hexdigest())
-    (out_dir / "meta.json").write_text(json.dumps(dict(
-        source=f"{data.folder}, the {len(kept)} most frequent tokens", dtype="uint16",
-        tokenizer=f"{data.tokenizer} by frequency", vocab_size=settings.vocab_size,
-        splits=splits), indent=1) + "\n")
+    meta = dict(source=f"{data.folder}, the {len(kept)} most frequent tokens", dtype="uint16",
+                tokenizer=f"{data.tokenizer} by frequency", vocab_size=settings.vocab_size,
+                splits=splits)
+    write_text(out_dir / "meta.json", json.dumps(meta, indent=1) + "\n")
     share = counts[kept].sum() / counts.sum()
     print(f"{out_dir}: {settings.vocab_size} classes, {share:.1%} of the training tokens kept")
 

@@ -1,45 +1,49 @@
-"""Finds Sophia's gamma and the peak learning rate of any optimizer by short runs.
+"""Finds Sophia's gamma, and the peak learning rate of any optimizer, by short runs.
 
     python -m experiments.gamma --config=config/train_gpt2_30m_sophiag.py --steps=500
     python -m experiments.gamma --config="config/quickstart_adamw.py" --find=rate --steps=200
 
-Gamma (the paper's rule): between 10 and 50 % of the coordinates shall be unclipped, on average over
-the second half of a run. From a run below or above that range gamma moves by factors of ten until
-the range has been passed over, then it is halved in the logarithm.
-The rate descends by `factor` until the lowest one is more than a hundredth worse than the best,
-then climbs until a run blows up, which is when it diverges; when its training loss, averaged over
-five records, is after the warm-up more than 1.25 times what it had been before; or when it ends at
-more than 1.25 times the ladder's lowest loss.
-Both print the lines to paste into a config. A short run has the config's schedule, compressed, and
-h corrected for its bias: without that, h would be a fraction of what it is in the config's own,
-longer run, and gamma too large for it. Results of runs are kept in --out_dir and used again.
+Gamma follows the paper's rule: 10 to 50 % of the coordinates are unclipped, on average over the
+second half of a run. While all gammas tried lie on one side of that range, the next one is ten
+times larger or smaller; afterwards it is the geometric mean of the closest ones on both sides.
+
+The learning rate first falls by `factor` until the lowest one tried is more than 1 % worse than the
+best, then rises until a run blows up. A run blows up when it diverges; when its training loss,
+averaged over five records, rises after the warm-up to more than 1.25 times its lowest value before;
+or when it ends at more than 1.25 times the lowest final loss of all rates.
+
+Both searches print lines to paste into a config. A short run has the config's schedule, compressed,
+and corrects h for its bias: otherwise h would be smaller than in the config's own, longer run, and
+gamma too large for that. Finished runs in --out_dir are used again.
 """
 
 import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from experiments.compare import flags
-from experiments.runs import Cell, Result, RunSettings, mean, scaled
+from experiments.compare import contender_flags
+from experiments.runs import Result, RunSettings, RunSpec, mean, scaled_flags
 from nanosophia.configurator import ConfigError, command, knob, load
 from nanosophia.optimizers import OPTIMIZERS
+from nanosophia.options import Config
 
 RANGE = (0.1, 0.5)  # of unclipped coordinates, the paper's section 3.1
-BLOW_UP, AVERAGED = 1.25, 5
-WORSE = 1.01  # than the best: below it, seeds and rounding decide
+BLOW_UP = 1.25  # times the lowest loss
+AVERAGED = 5  # records, so that one easy or hard batch decides nothing
+WORSE = 1.01  # times the best loss; smaller differences are noise of seeds and rounding
 
 
 @dataclass(frozen=True, kw_only=True)
 class GammaSettings(RunSettings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.gamma`."""
 
     config: str = knob("", "config file, then settings after commas", section="search")
-    find: Literal["gamma", "rate", "both"] = knob("both", "what is looked for; both: gamma first")
-    steps: int = knob(500, "of a short run", low=20)
-    factor: float = knob(2.0, "between rates", above=1)
-    most: int = knob(12, "runs of each search at most", low=2)
+    find: Literal["gamma", "rate", "both"] = knob("both", "what to search for; both: gamma first")
+    steps: int = knob(500, "length of a short run", unit="steps", low=20)
+    factor: float = knob(2.0, "ratio of neighbouring learning rates", above=1)
+    most: int = knob(12, "largest number of runs of each search", low=2)
 
     def check(self) -> None:
         super().check()
@@ -48,109 +52,67 @@ class GammaSettings(RunSettings):
                               "--config=config/quickstart.py", "config")
 
 
-class Ladder(NamedTuple):
-    """What a climb found: rates, and the loss at the best one."""
+@dataclass(frozen=True)
+class RateSweep:
+    """What a sweep over learning rates found."""
 
-    least: float  # that was tried
-    largest: float  # that is stable
-    best: float  # the one with the lowest final loss
+    lowest: float  # that was tried
+    largest_stable: float
+    best: float  # the stable rate with the lowest final loss
     best_loss: float
-    blown: float | None  # the next one tried, which blew up; None: none did
+    blew_up_at: float | None  # the lowest rate above the stable ones; None: no rate blew up
 
 
-def blew_up(result: Result) -> bool:
-    """Whether the run diverged, or its loss rose to BLOW_UP times what it had been.
+def search(settings: GammaSettings) -> dict[str, float]:
+    """Makes the runs; returns the settings found by their keys. Raises ConfigError."""
+    flags = (*contender_flags(settings.config), *settings.extra)
+    config = RunSpec("", flags).config()
+    common = dict(log_interval=max(1, settings.steps // 50), eval_interval=settings.steps)
+    entry = OPTIMIZERS.get(config.optimizer)
+    if entry is not None and entry.is_sophia and not config.gamma_target \
+            and settings.steps < config.max_iters:
+        common["hessian_bias_correction"] = True
 
-    Losses are averaged over AVERAGED records, so that one batch that is easy or hard decides
-    nothing.
-    """
-    if result.diverged:
-        return True
-    records = [r for r in result.records if "train/loss" in r]
-    lowest = math.inf
-    for last in range(AVERAGED, len(records) + 1):
-        part = records[last - AVERAGED:last]
-        loss = mean([math.inf if r["train/loss"] is None else r["train/loss"] for r in part])
-        if part[0]["step"] >= result.config.warmup_iters and loss > BLOW_UP * lowest:
-            return True
-        lowest = min(lowest, loss)
-    return False
+    def short_run(name: str, **values) -> RunSpec:
+        return RunSpec(name, scaled_flags(flags, settings.steps, **common | values))
 
-
-def next_rate(losses: dict[float, float], start: float, factor: float, below: bool,
-              ) -> float | None:
-    """The rate to try after these, whose final losses are known, infinite after a blow-up.
-
-    Downwards while none is stable, and where `below` is asked for, until the lowest is clearly
-    worse than the best; then upwards until one is not stable. None: the ladder has ended.
-    """
-    if not losses:
-        return start
-    good = stable(losses)
-    lowest, highest = min(losses), max(losses)
-    if not good or (below and losses[lowest] <= WORSE * min(good.values())):
-        return lowest / factor
-    return highest * factor if highest in good else None
+    found: dict[str, float] = {}
+    if settings.find in ("gamma", "both"):
+        found["gamma"] = find_gamma(settings, config, short_run)
+    if settings.find in ("rate", "both"):
+        found["learning_rate"] = find_rate(settings, config, short_run, found)
+    return found
 
 
-def stable(losses: dict[float, float]) -> dict[float, float]:
-    """The rates whose final loss is at most BLOW_UP times the ladder's lowest."""
-    limit = BLOW_UP * min(losses.values())
-    return {rate: loss for rate, loss in losses.items() if loss <= limit < math.inf}
-
-
-def climb(settings: RunSettings, ladders: Mapping[str, tuple[Callable[[float], Cell], float]], *,
-          factor: float = 2.0, most: int = 12, below: bool = False) -> dict[str, Ladder]:
-    """Climbs ladders of (cell at a rate, first rate) side by side, a rung of each at a time.
-
-    Raises ConfigError when all of `most` rates of one blow up.
-    """
-    losses: dict[str, dict[float, float]] = {name: {} for name in ladders}
-    for _ in range(most):
-        rates = {name: rate for name, (_, start) in ladders.items()
-                 if (rate := next_rate(losses[name], start, factor, below)) is not None}
-        if not rates:
-            break
-        found = settings.carry_out([ladders[name][0](rate) for name, rate in rates.items()])
-        for (name, rate), result in zip(rates.items(), found, strict=True):
-            losses[name][rate] = math.inf if blew_up(result) else result.loss
-    return {name: ladder(name, found) for name, found in losses.items()}
-
-
-def ladder(name: str, losses: dict[float, float]) -> Ladder:
-    """What these losses by rate say; raises ConfigError where no rate is stable."""
-    good = stable(losses)
-    if not good:
-        raise ConfigError(f"{name}: all of {len(losses)} learning rates from {max(losses):g} "
-                          "downwards blew up; the cause is another setting")
-    best = min(good, key=good.get)
-    return Ladder(min(losses), max(good), best, good[best],
-                  min((rate for rate in losses if rate > max(good)), default=None))
-
-
-def find_gamma(settings: GammaSettings, make: Callable[[float], Cell], start: float,
-               say=print) -> float:
-    """A gamma whose unclipped share is in RANGE; raises ConfigError when there is none."""
-    low = high = None  # gammas with too small and too large a share
-    gamma, diverged = start, 0
+def find_gamma(settings: GammaSettings, config: Config, short_run: Callable[..., RunSpec],
+               ) -> float:
+    """Returns a gamma whose unclipped share is in RANGE; raises ConfigError where none is found."""
+    if config.gamma_target:
+        raise ConfigError(f"{settings.config} controls gamma itself (gamma_target = "
+                          f"{config.gamma_target}); use --find=rate, or gamma_target=0", "config")
+    too_small = too_large = None  # the gammas nearest to the range on either side
+    gamma, diverged = config.gamma, 0
     for _ in range(settings.most):
-        result = settings.carry_out([make(gamma)])[0]
+        result, = settings.run_all([short_run(f"gamma_{gamma:.4g}", gamma=f"{gamma:.6g}")])
+        # A run that diverged needs smaller steps, hence a larger gamma, as if all were clipped.
         share = 0.0 if result.diverged else result.mean("unclipped_fraction", 0.5)
         diverged += result.diverged
         if math.isnan(share):
             raise ConfigError(f"{settings.config} records no unclipped fraction: its optimizer "
                               "has no gamma; use --find=rate", "config")
-        say(f"gamma {gamma:.4g}: {share:.1%} unclipped, loss {result.loss:.4f}")
+        print(f"gamma {gamma:.4g}: {share:.1%} unclipped, loss {result.loss:.4f}")
         if RANGE[0] <= share <= RANGE[1]:
-            return gamma
+            return float(f"{gamma:.3g}")
         if share < RANGE[0]:
-            low = gamma
+            too_small = gamma
         else:
-            high = gamma
-        if low is None or high is None:
-            gamma *= 10 if share < RANGE[0] else 0.1
+            too_large = gamma
+        if too_large is None:
+            gamma *= 10
+        elif too_small is None:
+            gamma *= 0.1
         else:
-            gamma = math.sqrt(low * high)
+            gamma = math.sqrt(too_small * too_large)
     if diverged == settings.most:
         raise ConfigError(f"all of {diverged} runs diverged, whatever gamma; lower the learning "
                           "rate", "config")
@@ -158,49 +120,101 @@ def find_gamma(settings: GammaSettings, make: Callable[[float], Cell], start: fl
                       "unclipped coordinates; raise --most or --steps", "most")
 
 
-def search(settings: GammaSettings) -> dict[str, float]:
-    """The settings found, by their keys."""
-    given = (*flags(settings.config), *settings.extra)
-    config = Cell("", given).config()
-    every = max(1, settings.steps // 50)
-    common = dict(log_interval=every, eval_interval=settings.steps)
-    known = OPTIMIZERS.get(config.optimizer)
-    if known is not None and known.is_sophia and not config.gamma_target \
-            and settings.steps < config.max_iters:
-        common["hessian_bias_correction"] = True
-    found: dict[str, float] = {}
-    if settings.find in ("gamma", "both"):
-        if config.gamma_target:
-            raise ConfigError(f"{settings.config} controls gamma itself (gamma_target = "
-                              f"{config.gamma_target}); use --find=rate, or gamma_target=0",
-                              "config")
+def find_rate(settings: GammaSettings, config: Config, short_run: Callable[..., RunSpec],
+              fixed: Mapping[str, float]) -> float:
+    """Returns the learning rate with the lowest final loss, under the settings found before."""
+    def rate_spec(rate: float) -> RunSpec:
+        name = "_".join(["rate", f"{rate:.4g}", *(f"{k}{v}" for k, v in fixed.items())])
+        return short_run(name, learning_rate=f"{rate:.6g}",
+                         **{key: f"{value:.6g}" for key, value in fixed.items()})
 
-        def with_gamma(gamma: float) -> Cell:
-            return Cell(f"gamma_{gamma:.4g}",
-                        scaled(given, settings.steps, gamma=f"{gamma:.6g}", **common))
+    sweep = sweep_lr(settings, {settings.config: (rate_spec, config.learning_rate)},
+                     factor=settings.factor, most=settings.most,
+                     bracket_below=True)[settings.config]
+    end = f"blew up at {sweep.blew_up_at:.3g}" if sweep.blew_up_at else \
+        "none blew up: raise --most"
+    at_end = ", the lowest that was tried: raise --most" if sweep.best == sweep.lowest else ""
+    print(f"learning rates: largest stable {sweep.largest_stable:.3g}, {end}, lowest loss "
+          f"{sweep.best_loss:.4f} at {sweep.best:.3g}{at_end}")
+    return float(f"{sweep.best:.3g}")
 
-        found["gamma"] = float(f"{find_gamma(settings, with_gamma, config.gamma):.3g}")
-    if settings.find in ("rate", "both"):
-        fixed = common | {key: f"{value:.6g}" for key, value in found.items()}
 
-        def with_rate(rate: float) -> Cell:
-            text = "_".join(["rate", f"{rate:.4g}", *(f"{k}{v}" for k, v in found.items())])
-            return Cell(text, scaled(given, settings.steps, learning_rate=f"{rate:.6g}", **fixed))
+def sweep_lr(settings: RunSettings,
+             sweeps: Mapping[str, tuple[Callable[[float], RunSpec], float]], *,
+             factor: float = 2.0, most: int = 12, bracket_below: bool = False,
+             ) -> dict[str, RateSweep]:
+    """Sweeps the learning rate of each (spec at a rate, first rate), one rate of each at a time.
 
-        rates = climb(settings, {settings.config: (with_rate, config.learning_rate)},
-                      factor=settings.factor, most=settings.most, below=True)[settings.config]
-        found["learning_rate"] = float(f"{rates.best:.3g}")
-        blown = f"blew up at {rates.blown:.3g}" if rates.blown else "none blew up: raise --most"
-        print(f"learning rates: largest stable {rates.largest:.3g}, {blown}, lowest loss "
-              f"{rates.best_loss:.4f} at {rates.best:.3g}"
-              + ", the lowest that was tried: raise --most" * (rates.best == rates.least))
-    return found
+    The runs of a round may go side by side (--jobs). Raises ConfigError where all of `most` rates
+    of a sweep blow up.
+    """
+    losses: dict[str, dict[float, float]] = {name: {} for name in sweeps}
+    for _ in range(most):
+        rates = {name: rate for name, (_, start) in sweeps.items()
+                 if (rate := next_rate(losses[name], start, factor, bracket_below)) is not None}
+        if not rates:
+            break
+        results = settings.run_all([sweeps[name][0](rate) for name, rate in rates.items()])
+        for (name, rate), result in zip(rates.items(), results, strict=True):
+            losses[name][rate] = math.inf if blew_up(result) else result.loss
+    return {name: summarize(name, by_rate) for name, by_rate in losses.items()}
+
+
+def next_rate(losses: dict[float, float], start: float, factor: float, bracket_below: bool,
+              ) -> float | None:
+    """Returns the rate to try after those of `losses`; None: the sweep has ended.
+
+    `losses` holds the final loss at each rate, infinite after a blow-up. Rates fall while none is
+    stable and, with `bracket_below`, until the lowest is clearly worse than the best; then they
+    rise until one is not stable.
+    """
+    if not losses:
+        return start
+    good = stable(losses)
+    lowest, highest = min(losses), max(losses)
+    if not good or (bracket_below and losses[lowest] <= WORSE * min(good.values())):
+        return lowest / factor
+    return highest * factor if highest in good else None
+
+
+def stable(losses: dict[float, float]) -> dict[float, float]:
+    """Returns the rates whose final loss is at most BLOW_UP times the lowest of all."""
+    limit = BLOW_UP * min(losses.values())
+    return {rate: loss for rate, loss in losses.items() if loss <= limit < math.inf}
+
+
+def blew_up(result: Result) -> bool:
+    """Returns whether the run diverged, or its averaged training loss rose after the warm-up to
+    BLOW_UP times its lowest value before."""
+    if result.diverged:
+        return True
+    records = [r for r in result.records if "train/loss" in r]
+    lowest = math.inf
+    for end in range(AVERAGED, len(records) + 1):
+        window = records[end - AVERAGED:end]
+        loss = mean([math.inf if r["train/loss"] is None else r["train/loss"] for r in window])
+        if window[0]["step"] >= result.config.warmup_iters and loss > BLOW_UP * lowest:
+            return True
+        lowest = min(lowest, loss)
+    return False
+
+
+def summarize(name: str, losses: dict[float, float]) -> RateSweep:
+    """Returns what the final losses by rate show; raises ConfigError where no rate is stable."""
+    good = stable(losses)
+    if not good:
+        raise ConfigError(f"{name}: all of {len(losses)} learning rates from {max(losses):g} "
+                          "downwards blew up; the cause is another setting")
+    best, largest = min(good, key=good.get), max(good)
+    return RateSweep(lowest=min(losses), largest_stable=largest, best=best, best_loss=good[best],
+                     blew_up_at=min((rate for rate in losses if rate > largest), default=None))
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
-    settings, _ = load(GammaSettings, argv, "python -m experiments.gamma --config=CONFIG")
+    """Runs the command."""
+    settings, _ = load(GammaSettings, argv,
+                       "python -m experiments.gamma --config=CONFIG [--key=value]")
     for key, value in search(settings).items():
         print(f"{key} = {value:g}")
 

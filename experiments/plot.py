@@ -1,13 +1,14 @@
-"""Draws one or several runs from their metrics.jsonl, and writes a page about one.
+"""Draws the curves of one or several runs, or writes an HTML report about one run.
 
     python -m experiments.plot --runs=out/quickstart,out/quickstart-adamw --file=losses.svg
     python -m experiments.plot --runs=out/quickstart --panels=loss,lr,unclipped,hessian,clip
     python -m experiments.plot --runs=out/quickstart --report=report.html
 
-Panels: losses (validation with points, training thin); learning rate; the unclipped fraction and
-the norm of h (the paper's Fig. 8); the share of steps whose gradient norm was clipped (Fig. 6a).
-Colours are those of Okabe and Ito, told apart by the colour-blind; runs differ in line style too,
-for print. Needs matplotlib (requirements-dev.txt).
+The curves are read from metrics.jsonl. The panels show losses (validation with points, training
+thin), the learning rate, the unclipped fraction and the norm of h (the paper's Fig. 8), and the
+share of steps whose gradient norm was clipped (Fig. 6a). The colours are those of Okabe and Ito,
+which colour-blind readers can tell apart; runs differ in line style too, for print. Needs
+matplotlib (requirements-dev.txt).
 """
 
 import base64
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Literal
 
 from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.files import write_text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-PANELS = {  # label of the axis, and what is drawn: (key of the record, style)
+PANELS = {  # name: (label of the axis, lines as (key of the record, style))
     "loss": ("loss, nats per token", (
         ("train/loss", dict(linewidth=0.7, alpha=0.5)),
         ("val/loss", dict(linewidth=1.8, marker="o", markersize=4)))),
@@ -32,22 +34,22 @@ PANELS = {  # label of the axis, and what is drawn: (key of the record, style)
     "hessian": ("norm of h", (("hessian_norm", dict(linewidth=1.2)),)),
     "clip": ("steps with clipped gradient", (("norm_clip_rate", dict(linewidth=1.2)),)),
 }
-AXES = dict(step="training steps", tokens="training tokens", seconds="seconds of training")
+X_LABELS = dict(step="training steps", tokens="training tokens", seconds="seconds of training")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotSettings(Settings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.plot`."""
 
     runs: str = knob("", "folders of runs, comma-separated")
-    labels: str = knob("", "their names in the legend, comma-separated; empty = the folders'")
-    file: str = knob("losses.svg", "picture that is written; png, svg or pdf by its ending")
-    panels: str = knob("loss", f"which of {', '.join(PANELS)}, comma-separated")
+    labels: str = knob("", "names of the runs in the legend, comma-separated; empty = the folders'")
+    file: str = knob("losses.svg", "picture to write; its ending png, svg or pdf is the format")
+    panels: str = knob("loss", f"any of {', '.join(PANELS)}, comma-separated")
     x: Literal["step", "tokens", "seconds"] = knob("step", "horizontal axis")
     top: float = knob(0.0, "upper end of the loss axis; 0 = automatic", unit="nats", low=0)
-    title: str = knob("", "above the picture")
-    report: str = knob("", "HTML page about one run that is written instead")
-    samples: int = knob(3, "texts in the report, drawn from the newest checkpoint", low=0)
+    title: str = knob("", "title of the picture")
+    report: str = knob("", "HTML page about one run, to write instead of the picture")
+    samples: int = knob(3, "texts in the report, sampled from the newest checkpoint", low=0)
 
     def check(self) -> None:
         unknown = [p for p in self.panels.split(",") if p not in PANELS]
@@ -57,43 +59,46 @@ class PlotSettings(Settings):
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The records of a run's metrics.jsonl; raises ConfigError when there is none."""
+    """Returns the records of a run's metrics.jsonl; raises ConfigError where it cannot be read."""
     path = run / "metrics.jsonl"
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; give --runs=FOLDER of train.py") \
-            from None
+        raise ConfigError(f"{path} cannot be read: {error}; give a folder that train.py wrote as "
+                          "--runs=FOLDER") from None
 
 
 def read_config(run: Path) -> dict:
-    """A run's settings; raises ConfigError when there are none."""
+    """Returns a run's settings; raises ConfigError where they cannot be read."""
     try:
         return json.loads((run / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{run / 'config.json'} cannot be read: {error}; give --runs=FOLDER of "
-                          "train.py") from None
+        raise ConfigError(f"{run / 'config.json'} cannot be read: {error}; give a folder that "
+                          "train.py wrote as --runs=FOLDER") from None
 
 
 def positions(run: Path, records: list[dict], x: str) -> list[float]:
-    """Where each record lies on the horizontal axis: after its step."""
+    """Returns where each record lies on the horizontal axis, counted at the end of its step."""
     config = read_config(run)
     per_step = config["total_batch_size"] * config["block_size"]
     if x == "tokens":
         return [(r["step"] + 1) * per_step for r in records]
     if x == "step":
         return [r["step"] + 1 for r in records]
-    seconds, found, last = 0.0, [], 0
-    for r in records:  # the rate of a record is that of the steps since the one before
+    seconds, last, result = 0.0, 0, []
+    for r in records:  # a record's rate is that of the steps since the record before it
         if r.get("tokens_per_second"):
             seconds += (r["step"] + 1 - last) * per_step / r["tokens_per_second"]
             last = r["step"] + 1
-        found.append(seconds)
-    return found
+        result.append(seconds)
+    return result
 
 
 def pyplot():
-    """matplotlib.pyplot, drawing to files that repeat; raises ConfigError where it is missing."""
+    """Returns matplotlib.pyplot, set to draw to files and to repeat them byte for byte.
+
+    Raises ConfigError where matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -105,65 +110,84 @@ def pyplot():
     return plt
 
 
+def clear_frame(axes, *, grid: bool = True) -> None:
+    """Takes the upper and the right line from the frame and draws a thin grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    if grid:
+        axes.grid(color="#dddddd", linewidth=0.6)
+
+
+def save_figure(figure, *files: Path) -> None:
+    """Writes a figure to each file, in the format of its ending, and closes it."""
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A date in the file would make every drawing differ from the last.
+        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot().close(figure)
+
+
 def picture(runs: list[Path], labels: list[str], panels: list[str], *, x: str = "step",
             top: float = 0.0, title: str = ""):
-    """A matplotlib figure with the panels below each other; raises ConfigError without data."""
+    """Returns a matplotlib figure with the panels below each other.
+
+    Raises ConfigError where a run's files cannot be read.
+    """
     plt = pyplot()
     height = 3.6 if len(panels) == 1 else 0.6 + 2.1 * len(panels)
     figure, rows = plt.subplots(len(panels), figsize=(6.4, height), layout="constrained",
                                 sharex=True, squeeze=False)
     for panel, axes in zip(panels, rows[:, 0], strict=True):
-        words, lines = PANELS[panel]
-        drawn = False
-        for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
-            records = read_metrics(run)
-            places = positions(run, records, x)
-            for n, (key, style) in enumerate(lines):
-                found = [(place, r[key]) for place, r in zip(places, records, strict=True)
-                         if r.get(key) is not None]
-                if found:
-                    drawn = True
-                    axes.plot(*zip(*found, strict=True), color=COLOURS[i % len(COLOURS)],
-                              linestyle=STYLES[i % len(STYLES)],
-                              label=label if n == len(lines) - 1 else None, **style)
-        axes.set_ylabel(words)
-        if not drawn:
-            axes.text(0.5, 0.5, "not recorded by these runs", transform=axes.transAxes,
-                      ha="center", va="center", color="#777777")
+        _draw_panel(axes, panel, runs, labels, x)
         if panel == "loss" and top:
             axes.set_ylim(top=top)
-        if panel in ("unclipped", "clip"):
-            axes.set_ylim(-0.02, 1.02)
-        if panel == "unclipped":
-            axes.axhspan(0.1, 0.5, color="#eeeeee", zorder=0)  # the paper's range
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    rows[-1, 0].set_xlabel(AXES[x])
+    rows[-1, 0].set_xlabel(X_LABELS[x])
     if rows[0, 0].get_legend_handles_labels()[0]:
         rows[0, 0].legend(frameon=False)
     rows[0, 0].set_title(title, loc="left", fontsize="medium")
     return figure
 
 
+def _draw_panel(axes, panel: str, runs: list[Path], labels: list[str], x: str) -> None:
+    """Draws one panel with the curves of every run that recorded its numbers."""
+    ylabel, lines = PANELS[panel]
+    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+        records = read_metrics(run)
+        xs = positions(run, records, x)
+        for n, (key, style) in enumerate(lines):
+            points = [(position, r[key]) for position, r in zip(xs, records, strict=True)
+                      if r.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)],
+                          linestyle=STYLES[i % len(STYLES)],
+                          label=label if n == len(lines) - 1 else None, **style)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not recorded by these runs", transform=axes.transAxes,
+                  ha="center", va="center", color="#777777")
+    axes.set_ylabel(ylabel)
+    if panel in ("unclipped", "clip"):
+        axes.set_ylim(-0.02, 1.02)
+    if panel == "unclipped":
+        axes.axhspan(0.1, 0.5, color="#eeeeee", zorder=0)  # the paper's range
+    clear_frame(axes)
+
+
 def draw(settings: PlotSettings) -> None:
-    """Writes the picture."""
+    """Writes the picture; raises ConfigError where runs and labels do not match."""
     runs = [Path(run) for run in settings.runs.split(",") if run]
     labels = settings.labels.split(",") if settings.labels else [run.name for run in runs]
     if not runs or len(labels) != len(runs):
-        raise ConfigError(f"--runs names {len(runs)} folders, --labels {len(labels)}; give at "
-                          "least one run and as many labels", "runs", "labels")
+        raise ConfigError(f"--runs names {len(runs)} folders, --labels {len(labels)} names; give "
+                          "at least one run and as many labels", "runs", "labels")
     figure = picture(runs, labels, settings.panels.split(","), x=settings.x, top=settings.top,
                      title=settings.title)
-    Path(settings.file).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(settings.file, dpi=150, metadata={"Date": None} if
-                   settings.file.endswith(".svg") else None)
+    save_figure(figure, Path(settings.file))
 
 
 def write_report(settings: PlotSettings) -> None:
-    """Writes the page: plots, results, settings, environment, samples."""
+    """Writes the HTML page: plots, last values, settings, environment and samples."""
     if not settings.runs or "," in settings.runs:
         raise ConfigError(f"--report is about one run, --runs={settings.runs} names another "
-                          "number", "runs")
+                          "number of them; name one", "runs")
     run = Path(settings.runs)
     records, config = read_metrics(run), read_config(run)
     data = io.BytesIO()
@@ -172,8 +196,9 @@ def write_report(settings: PlotSettings) -> None:
     picture([run], [run.name], panels or ["loss"], x=settings.x).savefig(data, format="png",
                                                                          dpi=150)
     last = {key: r[key] for r in records for key in r}
-    environment, texts = _from_checkpoint(run, settings.samples)
+    environment, texts = _read_checkpoint(run, settings.samples)
     image = base64.b64encode(data.getvalue()).decode()
+    samples = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts) or "<p>None.</p>"
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(run.name)}</title>
 <style>body {{ font: 15px/1.45 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
@@ -182,25 +207,28 @@ pre {{ background: #f4f4f4; padding: .8rem; white-space: pre-wrap }} img {{ max-
 h2 {{ margin-top: 2rem }}</style>
 <h1>{html.escape(run.name)}</h1>
 <img alt="losses and diagnostics" src="data:image/png;base64,{image}">
-<h2>Last values</h2>{_rows(last)}
-<h2>Settings</h2>{_rows(config)}
-<h2>Environment</h2>{_rows(environment)}
-<h2>Samples</h2>{''.join(f"<pre>{html.escape(text)}</pre>" for text in texts) or "<p>None.</p>"}
+<h2>Last values</h2>{_html_table(last)}
+<h2>Settings</h2>{_html_table(config)}
+<h2>Environment</h2>{_html_table(environment)}
+<h2>Samples</h2>{samples}
 </html>
 """
-    Path(settings.report).parent.mkdir(parents=True, exist_ok=True)
-    Path(settings.report).write_text(page, encoding="utf-8")
+    write_text(Path(settings.report), page)
 
 
-def _rows(values: dict) -> str:
-    cells = "".join(f"<tr><td>{html.escape(str(key))}</td><td>"
-                    f"{html.escape(f'{value:.6g}' if isinstance(value, float) else str(value))}"
-                    "</td></tr>" for key, value in values.items())
-    return f"<table>{cells}</table>"
+def _html_table(values: dict) -> str:
+    """Returns a table with a row for each key and its value."""
+    rows = "".join(f"<tr><td>{html.escape(str(key))}</td><td>"
+                   f"{html.escape(f'{value:.6g}' if isinstance(value, float) else str(value))}"
+                   "</td></tr>" for key, value in values.items())
+    return f"<table>{rows}</table>"
 
 
-def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
-    """Versions and texts of the newest checkpoint; nothing where there is none."""
+def _read_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
+    """Returns what the newest checkpoint says about its making, and texts sampled from it.
+
+    Both are empty where there is no checkpoint; where it cannot be read, the first says why.
+    """
     import torch
 
     from nanosophia.checkpoint import CheckpointError
@@ -216,18 +244,18 @@ def _from_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
         tokenizer = get_tokenizer(weights.tokenizer)
     except (CheckpointError, TokenizerError, KeyError) as error:
         return {"not read": str(error)}, []
-    model = weights.build()
     if not samples:
         return environment, []
+    model = weights.build()
     ids = torch.full((samples, 1), tokenizer.eot_token)
-    found = generate(model, ids, 200, temperature=0.8, top_k=200, num_classes=weights.num_classes,
-                     generator=torch.Generator().manual_seed(1337))
-    return environment, [tokenizer.decode(row) for row in found[:, 1:].tolist()]
+    ids = generate(model, ids, 200, temperature=0.8, top_k=200, num_classes=weights.num_classes,
+                         generator=torch.Generator().manual_seed(1337))
+    return environment, [tokenizer.decode(row) for row in ids[:, 1:].tolist()]
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command; exits with 2 and one line after a user's mistake."""
+    """Runs the command."""
     settings, _ = load(PlotSettings, argv, "python -m experiments.plot --runs=FOLDERS")
     if settings.report:
         write_report(settings)

@@ -1,12 +1,12 @@
-"""Measures data preparation beside nanoGPT's way of doing it, on one parquet file.
+"""Measures data preparation beside nanoGPT's recipe, on one parquet file.
 
     python -m experiments.preparation --input=books.parquet
 
-Each way runs in a process of its own and tokenises every document of the file with GPT-2's BPE:
-data/openwebtext/prepare.py with one and with two processes, and nanoGPT's recipe (datasets.map to
-lists of ids in an Arrow cache, then a memory-mapped file written shard by shard) with one and two.
-Shown are processor seconds of the process and its children, wall seconds, the largest resident
-memory of any one process, and the most extra disk space beyond the result.
+Both run in a process of their own and tokenise every document of the file with GPT-2's BPE, with
+one and with two worker processes: data/openwebtext/prepare.py, and nanoGPT's recipe (datasets.map
+to lists of ids in an Arrow cache, then a memory-mapped file written shard by shard). The table has
+processor seconds of the process and its children, wall seconds, the largest resident memory of any
+one process, and the most disk space used beyond the result.
 """
 
 import json
@@ -29,15 +29,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationSettings(Settings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.preparation`."""
 
     input: str = knob("", "parquet file with a column `text`")
-    way: str = knob("", "set by the command itself: run nanoGPT's recipe into this folder")
-    num_proc: int = knob(1, "set by the command itself: the processes of that run", low=1)
+    recipe_dir: str = knob("", "set by the command itself: run nanoGPT's recipe into this folder")
+    num_proc: int = knob(1, "set by the command itself: worker processes of that recipe", low=1)
 
 
-def nanogpt_way(source: str, out_dir: Path, num_proc: int) -> None:
-    """nanoGPT's recipe: split, map to id lists with their lengths, concatenate into a memmap."""
+def run_nanogpt_recipe(source: str, out_dir: Path, num_proc: int) -> None:
+    """Prepares a file as nanoGPT does: splits it, maps documents to lists of ids with their
+    lengths, and concatenates these in a memory-mapped file."""
     import tiktoken
     from datasets import load_dataset
     encoding = tiktoken.get_encoding("gpt2")
@@ -54,23 +55,23 @@ def nanogpt_way(source: str, out_dir: Path, num_proc: int) -> None:
     for split, dataset in tokenised.items():
         total = np.sum(dataset["len"], dtype=np.uint64)
         ids = np.memmap(out_dir / f"{split}.bin", dtype=np.uint16, mode="w+", shape=(int(total),))
-        place, shards = 0, min(1024, len(dataset))
+        offset, shards = 0, min(1024, len(dataset))
         for index in range(shards):
             batch = dataset.shard(num_shards=shards, index=index,
                                   contiguous=True).with_format("numpy")
             block = np.concatenate(batch["ids"])
-            ids[place:place + len(block)] = block
-            place += len(block)
+            ids[offset:offset + len(block)] = block
+            offset += len(block)
         ids.flush()
 
 
 def measure(command: list[str], folder: Path) -> dict:
-    """Runs a command that writes into `folder`, watching its resources."""
-    peak, stop = [0], threading.Event()
+    """Runs a command that writes into `folder`; returns what it took of each resource."""
+    disk_bytes, stop = [0], threading.Event()
 
     def watch():
         while not stop.wait(0.2):
-            peak[0] = max(peak[0], _disk(folder))
+            disk_bytes.append(_disk_bytes(folder))
 
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     watcher = threading.Thread(target=watch)
@@ -85,33 +86,35 @@ def measure(command: list[str], folder: Path) -> dict:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     size = sum(path.stat().st_size for path in folder.glob("out/*.bin"))
     return dict(cpu_s=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-                wall_s=wall, tokens=size // 2, extra_disk=max(peak[0], _disk(folder)) / size - 1,
+                wall_s=wall, tokens=size // 2,
+                extra_disk=max(*disk_bytes, _disk_bytes(folder)) / size - 1,
                 max_rss_mb=after.ru_maxrss / 1024)
 
 
-def _disk(folder: Path) -> int:
+def _disk_bytes(folder: Path) -> int:
+    """Returns the bytes that the files in a folder occupy."""
     total = 0
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_blocks * 512 if path.is_file() else 0
-        except OSError:  # gone meanwhile
+        except OSError:  # removed since it was listed
             continue
     return total
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command: prints a Markdown table and JSON."""
+    """Prints a Markdown table and the same as JSON."""
     settings, _ = load(PreparationSettings, argv, "python -m experiments.preparation --input=FILE")
-    if settings.way:
-        nanogpt_way(settings.input, Path(settings.way), settings.num_proc)
+    if settings.recipe_dir:
+        run_nanogpt_recipe(settings.input, Path(settings.recipe_dir), settings.num_proc)
         return
     source = str(Path(settings.input).resolve())
-    # The largest resident memory is that of the largest child so far: ours, the smaller, run first.
+    # The system reports the memory of the largest child so far, so the smaller, ours, runs first.
     ways = [("ours", n) for n in (1, 2)] + [("nanoGPT's recipe", n) for n in (1, 2)]
     print("| way | processes | tokens/CPU s | tokens/s | CPU s | wall s | RSS, MB | extra disk |\n"
           "|---|---|---|---|---|---|---|---|")
-    found = []
+    rows = []
     for name, n in ways:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -120,13 +123,13 @@ def main(argv: list[str]) -> None:
                        f"--out_dir={folder / 'out'}", f"--num_proc={n}"]
             if name != "ours":
                 command = [sys.executable, "-m", "experiments.preparation", f"--input={source}",
-                           f"--way={folder / 'out'}", f"--num_proc={n}"]
+                           f"--recipe_dir={folder / 'out'}", f"--num_proc={n}"]
             row = measure(command, folder)
-        found.append(dict(way=name, processes=n, **row))
+        rows.append(dict(way=name, processes=n, **row))
         print(f"| {name} | {n} | {row['tokens'] / row['cpu_s']:,.0f} | "
               f"{row['tokens'] / row['wall_s']:,.0f} | {row['cpu_s']:.1f} | {row['wall_s']:.1f} | "
               f"{row['max_rss_mb']:.0f} | {row['extra_disk']:.2f} x |", flush=True)
-    print(json.dumps(found))
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

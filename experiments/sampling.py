@@ -1,9 +1,9 @@
-"""Times sampling with the key-value cache against recomputing everything, in one process.
+"""Times sampling with the key-value cache against a full forward pass per token.
 
     python -m experiments.sampling [--max_new_tokens=500]
 
-The 30M model with random weights on the CPU; each way once per round, alternated; tokens per
-second, medians, and ratios of each round.
+The model is the 30M one with random weights, on the CPU. The methods take turns, one call each per
+round. The table shows median tokens per second and the ratios to recomputing in each round.
 """
 
 import sys
@@ -20,17 +20,17 @@ from nanosophia.generate import draw_token, generate
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings(Settings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.sampling`."""
 
     max_new_tokens: int = knob(500, "length of each text", unit="tokens", low=1)
-    rounds: int = knob(3, "repetitions", low=1)
-    top_k: int = knob(200, "of the draws", low=1)
-    batch: int = knob(10, "texts of the batched way", low=1)
+    rounds: int = knob(3, "rounds that are timed", low=1)
+    top_k: int = knob(200, "tokens are drawn from the k most likely", low=1)
+    batch: int = knob(10, "texts that are sampled together in the row `batch`", low=1)
 
 
 @torch.no_grad()
 def recompute(model: GPT, idx: torch.Tensor, tokens: int, top_k: int) -> torch.Tensor:
-    """The plain way: every token a pass over all of them, as nanoGPT's generate."""
+    """Samples with a forward pass over the whole context for every token, as nanoGPT does."""
     for _ in range(tokens):
         logits = model(idx[:, -model.config.block_size:])[:, -1].float()
         idx = torch.cat([idx, draw_token(logits, 0.8, top_k)], dim=1)
@@ -39,7 +39,7 @@ def recompute(model: GPT, idx: torch.Tensor, tokens: int, top_k: int) -> torch.T
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Runs the command."""
     settings, _ = load(SamplingSettings, argv, "python -m experiments.sampling [--key=value]")
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384)).eval()
     n, k = settings.max_new_tokens, settings.top_k
@@ -47,22 +47,22 @@ def main(argv: list[str]) -> None:
     def cached(rows: int) -> None:
         generate(model, torch.zeros(rows, 1, dtype=torch.long), n, temperature=0.8, top_k=k)
 
-    ways = dict(
+    methods = dict(  # name: (texts, call)
         recompute=(1, lambda: recompute(model, torch.zeros(1, 1, dtype=torch.long), n, k)),
         cached=(1, lambda: cached(1)),
         batch=(settings.batch, lambda: cached(settings.batch)))
-    speeds = {name: [] for name in ways}
+    speeds = {name: [] for name in methods}
     for _ in range(settings.rounds):
-        for name, (rows, way) in ways.items():
-            began = time.perf_counter()
-            way()
-            speeds[name].append(rows * n / (time.perf_counter() - began))
+        for name, (rows, call) in methods.items():
+            start = time.perf_counter()
+            call()
+            speeds[name].append(rows * n / (time.perf_counter() - start))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {n} tokens\n\n"
           "| way | tokens/s | over recomputing, by round |\n|---|---|---|")
-    for name, found in speeds.items():
-        ratios = [a / b for a, b in zip(found, speeds["recompute"], strict=True)]
-        rows = ways[name][0]
-        print(f"| {name} ({rows} text{'s' * (rows > 1)}) | {median(found):.1f} | "
+    for name, measured in speeds.items():
+        ratios = [a / b for a, b in zip(measured, speeds["recompute"], strict=True)]
+        texts = methods[name][0]
+        print(f"| {name} ({texts} {'text' if texts == 1 else 'texts'}) | {median(measured):.1f} | "
               f"{', '.join(f'{r:.1f}' for r in ratios)} |")
 
 

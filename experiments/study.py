@@ -1,23 +1,24 @@
-"""The study on real text: tuned baselines against Sophia with a fixed and with a controlled gamma.
+"""Studies tuned baselines against Sophia with a fixed and with a controlled gamma on real text.
 
     python data/text/prepare.py --input=books.parquet --val_fraction=0.01 --out_dir=data/books
     python data/text/prepare.py --input=books.parquet --val_fraction=0.01 --tokenizer=bytes \
         --out_dir=data/books-bytes
     python -m experiments.study --bpe=data/books --bytes=data/books-bytes --jobs=2
 
-Every run that was made is in the lists below; the tables of results/study.md are this command's.
+The lists below hold every run that was made; this command wrote the tables of results/study.md.
 """
 
 import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 
-from experiments.plot import COLOURS, STYLES, pyplot
-from experiments.runs import Cell, Result, RunSettings
+from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
+from experiments.runs import Result, RunSettings, RunSpec
 from nanosophia.configurator import ConfigError, command, knob, load
+from nanosophia.files import write_text
 
 MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=96", "--block_size=128",
          "--eval_interval=100", "--eval_windows=1000", "--checkpoint_interval=1000",
@@ -46,7 +47,7 @@ METHODS = {
     "ours-2-rows": (0.05, (*OURS, "--hessian_batch_size=2")),
 }
 RUNS = {
-    # (method, learning rate, arguments of cell); begun in this order
+    # (method, learning rate, other arguments of run_spec), in the order in which they start
     "bpe": [
         ("adamw", 8e-3, {}),
         ("ours", 1.2e-2, {}),
@@ -109,26 +110,29 @@ RUNS = {
         ("ours-2-rows", 1.2e-2, {"seed": 1}),
     ],
 }
+PLOTTED = {  # method: its label in the picture
+    "adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "Sophia-G, fixed gamma",
+    "sophiah": "Sophia-H, fixed gamma", "ours": "Sophia-G, controlled gamma"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings(RunSettings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.study`."""
 
-    bpe: str = knob("books", "folder of the text in GPT-2's tokens; - leaves it out",
-                    section="study")
-    bytes: str = knob("books-bytes", "folder of the text in bytes; - leaves it out")
+    bpe: str = knob("books", "folder of the text in GPT-2's tokens; - skips it", section="study")
+    bytes: str = knob("books-bytes", "folder of the text in bytes; - skips it")
 
     def check(self) -> None:
         super().check()
         if self.bpe == self.bytes == "-":
-            raise ConfigError("--bpe and --bytes are both left out; give a folder", "bpe", "bytes")
+            raise ConfigError("--bpe and --bytes are both -, so there is nothing to run; give one "
+                              "a folder", "bpe", "bytes")
 
 
-def cell(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0, share: float = 1.0,
-         rows: int = 1, larger: bool = False, gamma: float | None = None,
-         extra: tuple[str, ...] = ()) -> Cell:
-    """A run of `share` of the corpus's steps, on `rows` times its rows per step."""
+def run_spec(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0,
+             share: float = 1.0, rows: int = 1, larger: bool = False, gamma: float | None = None,
+             extra: tuple[str, ...] = ()) -> RunSpec:
+    """Returns the spec of a run over `share` of the corpus's steps on `rows` times its batch."""
     batch, steps = CORPORA[corpus]
     batch, steps = batch * rows, round(steps * share)
     warmup, flags = METHODS[method]
@@ -138,20 +142,26 @@ def cell(corpus: str, dataset: str, method: str, lr: float, *, seed: int = 0, sh
                  max_iters=steps, warmup_iters=round(warmup * steps), learning_rate=lr, seed=seed)
     if not any(flag.startswith("--hessian_batch_size") for flag in flags):
         sizes["hessian_batch_size"] = batch // 2  # the paper's half
-    text = f"{corpus}_{method}_{lr:g}" + f"_{share:g}T" * (share != 1) + f"_x{rows}" * (rows > 1) \
-        + "_larger" * larger
-    return Cell(f"{text}_s{seed}", (*MODEL, *LARGER * larger, *extra, *flags,
-                                    *(f"--{k}={v}" for k, v in sizes.items())))
+    name = f"{corpus}_{method}_{lr:g}"
+    if share != 1:
+        name += f"_{share:g}T"
+    if rows != 1:
+        name += f"_x{rows}"
+    if larger:
+        name += "_larger"
+    model = (*MODEL, *LARGER) if larger else MODEL
+    return RunSpec(f"{name}_s{seed}", (*model, *extra, *flags,
+                                       *(f"--{key}={value}" for key, value in sizes.items())))
 
 
-def cells(corpus: str, dataset: str, extra: tuple[str, ...] = ()) -> list[Cell]:
-    """The runs on a corpus, prepared in the folder `dataset`, with flags for every run."""
-    return [cell(corpus, dataset, method, lr, extra=extra, **more)
+def run_specs(corpus: str, dataset: str, extra: tuple[str, ...] = ()) -> list[RunSpec]:
+    """Returns the specs on a corpus that is prepared in the folder `dataset`."""
+    return [run_spec(corpus, dataset, method, lr, extra=extra, **more)
             for method, lr, more in RUNS[corpus]]
 
 
 def grouped(results: list[Result]) -> dict[str, list[Result]]:
-    """Results by setting: the seeds of each, in the order of the first."""
+    """Returns the results by setting, a list with an entry per seed."""
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         groups[result.name.rpartition("_s")[0]].append(result)
@@ -159,45 +169,50 @@ def grouped(results: list[Result]) -> dict[str, list[Result]]:
 
 
 def table(results: list[Result]) -> str:
-    """One line per setting: by model and tokens per step, the lowest loss of seed 0 first."""
+    """Returns a table with a line per setting, sorted by model, tokens per step and loss."""
     lines = ["| method | learning rate | parameters | tokens per step | steps | "
              "loss of seeds 0, 1 | unclipped |", "|---" * 7 + "|"]
-    rows = sorted(grouped(results).items(),
-                  key=lambda item: (*size(item[1][0]), item[1][0].loss))
-    for name, found in rows:
-        config = found[0].config
-        unclipped = found[0].mean("unclipped_fraction", 0.5)
+    settings = sorted(grouped(results).items(),
+                      key=lambda item: (*scale(item[1][0]), item[1][0].loss))
+    for name, seeds in settings:
+        first, config = seeds[0], seeds[0].config
+        unclipped = first.mean("unclipped_fraction", 0.5)
         lines.append(
             f"| {name.split('_')[1]} | {config.learning_rate:g} | "
-            f"{found[0].plan.parameters / 1e6:.1f}M | {config.tokens_per_step:,} | "
-            f"{config.max_iters:,} | {', '.join(f'{r.loss:.4f}' for r in found)} | "
+            f"{first.plan.parameters / 1e6:.1f}M | {config.tokens_per_step:,} | "
+            f"{config.max_iters:,} | {', '.join(f'{r.loss:.4f}' for r in seeds)} | "
             f"{'' if math.isnan(unclipped) else f'{unclipped:.0%}'} |")
     return "\n".join(lines)
 
 
-def size(result: Result) -> tuple[int, int]:
-    """(parameters, tokens per step): what a comparison holds fixed."""
+def scale(result: Result) -> tuple[int, int]:
+    """Returns (parameters, tokens per step), which a comparison of methods holds fixed."""
     return result.plan.parameters, result.config.tokens_per_step
 
 
-def draw(corpora: dict[str, list[Result]], file: Path) -> None:
-    """Validation losses of each method's best full-length setting, seed 0.
+def best_runs(corpora: dict[str, list[Result]]) -> dict[tuple, dict[str, Result]]:
+    """Returns each method's best full-length run by (corpus, parameters, tokens per step).
 
-    A panel per corpus, model and batch at which more than one method was run.
+    Only seed 0 counts, which every setting has, and only where more than one method was run.
     """
-    plt = pyplot()
-    panels: dict[tuple, dict[str, Result]] = {}
+    best: dict[tuple, dict[str, Result]] = defaultdict(dict)
     for corpus, results in corpora.items():
-        for r in (r for r in results if r.name.endswith("_s0")):  # the seed that all have
+        for r in results:
             method = r.name.split("_")[1]
-            best = panels.setdefault((corpus, *size(r)), {})
-            if r.config.max_iters == CORPORA[corpus][1] and method in PLOTTED \
-                    and r.loss < getattr(best.get(method), "loss", math.inf):
-                best[method] = r
-    panels = {key: best for key, best in sorted(panels.items()) if len(best) > 1}
-    rows = -(-len(panels) // 3) or 1
-    figure, grid = plt.subplots(rows, min(3, len(panels) or 1), figsize=(
-        4.2 * min(3, len(panels) or 1), 3.6 * rows), layout="constrained", squeeze=False)
+            if r.name.endswith("_s0") and r.config.max_iters == CORPORA[corpus][1] \
+                    and method in PLOTTED and not r.diverged:
+                methods = best[corpus, *scale(r)]
+                methods[method] = min(methods.get(method, r), r, key=lambda result: result.loss)
+    return {key: methods for key, methods in sorted(best.items()) if len(methods) > 1}
+
+
+def draw(corpora: dict[str, list[Result]], file: Path) -> None:
+    """Draws the validation losses of `best_runs`, in a panel per corpus, model and batch."""
+    panels = best_runs(corpora)
+    columns = min(3, len(panels) or 1)
+    rows = math.ceil(len(panels) / columns) or 1
+    figure, grid = pyplot().subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows),
+                                     layout="constrained", squeeze=False)
     for axes in grid.flat[len(panels):]:
         axes.set_axis_off()
     for axes, ((corpus, parameters, tokens), best) in zip(grid.flat, panels.items(), strict=False):
@@ -210,33 +225,30 @@ def draw(corpora: dict[str, list[Result]], file: Path) -> None:
                        loc="left", fontsize="small")
         axes.set_xlabel("training steps")
         axes.set_ylabel("validation loss, nats per token")
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    drawn = {line.get_label(): line for axes in grid.flat for line in axes.lines}
-    named = [label for label in PLOTTED.values() if label in drawn]
-    figure.legend([drawn[label] for label in named], named, loc="outside lower center", ncols=3,
+        clear_frame(axes)
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.lines}
+    labels = [label for label in PLOTTED.values() if label in lines]
+    figure.legend([lines[label] for label in labels], labels, loc="outside lower center", ncols=3,
                   frameon=False)
-    figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-    plt.close(figure)
-
-
-PLOTTED = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "sophiag": "Sophia-G, fixed gamma",
-           "sophiah": "Sophia-H, fixed gamma", "ours": "Sophia-G, controlled gamma"}
+    save_figure(figure, file)
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Runs the command."""
     settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
-    pyplot()  # better missed now than after the runs
+    pyplot()  # where matplotlib is missing, fail before the runs
     folders = {c: getattr(settings, c) for c in CORPORA if getattr(settings, c) != "-"}
-    lists = [cells(corpus, folder, settings.extra) for corpus, folder in folders.items()]
-    results = settings.carry_out(list(filter(None, chain.from_iterable(zip_longest(*lists)))))
+    # The corpora take turns, so that an interrupted study has runs of each.
+    rounds = zip_longest(*(run_specs(corpus, folder, settings.extra)
+                           for corpus, folder in folders.items()))
+    results = settings.run_all([spec for group in rounds for spec in group if spec is not None])
     corpora = {corpus: [r for r in results if r.name.startswith(f"{corpus}_")]
                for corpus in folders}
-    text = "\n\n".join(f"{corpus}\n\n{table(found)}" for corpus, found in corpora.items())
-    (Path(settings.out_dir) / "study.md").write_text(text + "\n")
-    draw(corpora, Path(settings.out_dir) / "study.svg")
+    text = "\n\n".join(f"{corpus}\n\n{table(group)}" for corpus, group in corpora.items())
+    out = Path(settings.out_dir)
+    write_text(out / "study.md", text + "\n")
+    draw(corpora, out / "study.svg")
     print(text)
 
 

@@ -1,14 +1,14 @@
-"""The paper's two rates, on quadratics: what its theorems say of the condition number.
+"""Measures how the steps to solve a quadratic grow with its condition number, beside the theorems.
 
     python -m experiments.theory --out_dir=out/theory
 
-Theorem G.12: on L = mu a^2 / 2 + beta b^2 / 2 SignGD needs a number of steps that grows with
-sqrt(beta / mu) to bring the loss from Delta to epsilon: its one learning rate must be small enough
-for the steep direction, and the flat one is walked at that rate. Theorem F.3: clipped Newton
-steps, theta -= eta V clip(V^T H^-1 grad, -rho, rho) with H = V D V^T, need a number that does not.
-The last column is Sophia's diagonal update on the same quadratic turned by 30 degrees, where the
-diagonal is not the curvature: the theorem is about the eigenbasis and promises nothing there.
-Written to --out_dir: theory.svg, theory.md.
+Theorem G.12: on L = mu a^2 / 2 + beta b^2 / 2 the steps that SignGD needs to bring the loss from
+Delta to epsilon grow with sqrt(beta / mu), because its one learning rate must be small enough for
+the steep direction and is then too small for the flat one. Theorem F.3: the steps of clipped
+Newton, theta -= eta V clip(V^T H^-1 grad, -rho, rho) with H = V D V^T, do not grow. The last column
+is Sophia's diagonal update on the same quadratic rotated by 30 degrees. There the diagonal is not
+the curvature, and the theorem, which is about the eigenbasis, promises nothing. The results in
+--out_dir are theory.svg and theory.md.
 """
 
 import math
@@ -19,41 +19,44 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.plot import COLOURS, pyplot
+from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
+from nanosophia.baselines import Lion
 from nanosophia.configurator import Settings, command, knob, load
-from nanosophia.optimizers import Lion
+from nanosophia.files import write_text
 from sophia import Sophia
 
-DELTA, EPSILON = 1.0, 1e-3  # loss at the start (of each direction), and where it has to be
+DELTA, EPSILON = 1.0, 1e-3  # loss of each direction at the start, and the loss to reach
+PLAIN = dict(betas=(0.0, 0.0), weight_decay=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TheorySettings(Settings):
-    """The settings of this command."""
+    """Settings of `python -m experiments.theory`."""
 
     out_dir: str = knob("out/theory", "folder for theory.svg and theory.md")
-    decades: int = knob(6, "condition numbers from 1 to ten to this", low=1, high=8)
-    limit: int = knob(100_000, "most steps of the diagonal update", unit="steps", low=10)
+    decades: int = knob(6, "condition numbers go from 1 to ten to this power", low=1, high=8)
+    limit: int = knob(100_000, "the diagonal update stops after as many", unit="steps", low=10)
 
 
 def sign_descent(condition: float) -> tuple[int, float]:
-    """Steps of SignGD to EPSILON at the largest safe rate, and the theorem's lower bound on them.
+    """Returns SignGD's steps to EPSILON at its largest safe rate, and the theorem's lower bound.
 
-    Safe is beta eta^2 / 2 <= EPSILON: a direction that jumps to and fro moves by eta. Both
-    directions start with a loss of about DELTA, the steep one where it will jump evenly.
+    A rate eta is safe where beta eta^2 / 2 <= EPSILON, since a direction that oscillates moves by
+    eta. Both directions start at a loss of about DELTA, the steep one where it will oscillate
+    evenly around 0.
     """
     curvature = torch.tensor([1.0, condition], dtype=torch.float64)
     rate = math.sqrt(2 * EPSILON / condition)
     x = (2 * DELTA / curvature).sqrt()
     x[1] = (round(x[1].item() / rate) + 0.5) * rate
-    steps = descend(x, lambda x: curvature * x, Lion([x], lr=rate, **NOTHING_ELSE), curvature)
+    steps = descend(x, lambda x: curvature * x, Lion([x], lr=rate, **PLAIN), curvature)
     bound = (math.sqrt(DELTA / EPSILON) - math.sqrt(2)) * math.sqrt(condition) / 2
     return steps, bound
 
 
 def clipped_newton(condition: float, eta: float = 0.5, rho: float = 0.25) -> int:
-    """Steps of clipped Newton in the eigenbasis of a quadratic turned by 30 degrees."""
-    eigenvalues, V = turned(condition)
+    """Returns the steps of clipped Newton in the eigenbasis of the rotated quadratic."""
+    eigenvalues, V = rotated(condition)
     x, steps = V @ (2 * DELTA / eigenvalues).sqrt(), 0
     while value(x, V, eigenvalues) > EPSILON:
         gradient = V @ (eigenvalues * (V.T @ x))
@@ -64,11 +67,12 @@ def clipped_newton(condition: float, eta: float = 0.5, rho: float = 0.25) -> int
 
 
 def diagonal_newton(condition: float, limit: int, eta: float = 0.5) -> int | None:
-    """Steps of Sophia with the exact diagonal on the same quadratic; None: more than `limit`."""
-    eigenvalues, V = turned(condition)
+    """Returns the steps of Sophia with the exact diagonal on the rotated quadratic; None: more
+    than `limit`."""
+    eigenvalues, V = rotated(condition)
     hessian = V @ torch.diag(eigenvalues) @ V.T
     x = V @ (2 * DELTA / eigenvalues).sqrt()
-    optimizer = Sophia([x], lr=eta, gamma=1.0, **NOTHING_ELSE)
+    optimizer = Sophia([x], lr=eta, gamma=1.0, **PLAIN)
     for steps in range(limit + 1):
         if value(x, V, eigenvalues) <= EPSILON:
             return steps
@@ -78,11 +82,8 @@ def diagonal_newton(condition: float, limit: int, eta: float = 0.5) -> int | Non
     return None
 
 
-NOTHING_ELSE = dict(betas=(0.0, 0.0), weight_decay=0.0)
-
-
 def descend(x: Tensor, gradient, optimizer: torch.optim.Optimizer, curvature: Tensor) -> int:
-    """Steps until sum(curvature x^2) / 2 is at most EPSILON."""
+    """Returns the steps until sum(curvature x^2) / 2 is at most EPSILON."""
     steps = 0
     while 0.5 * (curvature * x ** 2).sum() > EPSILON:
         x.grad = gradient(x)
@@ -91,20 +92,20 @@ def descend(x: Tensor, gradient, optimizer: torch.optim.Optimizer, curvature: Te
     return steps
 
 
-def turned(condition: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (2,) and eigenvectors (2, 2) of a quadratic turned by 30 degrees."""
+def rotated(condition: float) -> tuple[Tensor, Tensor]:
+    """Returns eigenvalues (2,) and eigenvectors (2, 2) of a quadratic rotated by 30 degrees."""
     c, s = math.cos(math.pi / 6), math.sin(math.pi / 6)
     return (torch.tensor([1.0, condition], dtype=torch.float64),
             torch.tensor([[c, -s], [s, c]], dtype=torch.float64))
 
 
 def value(x: Tensor, V: Tensor, eigenvalues: Tensor) -> float:
-    """The quadratic's loss."""
+    """Returns the loss of a quadratic with these eigenvectors and eigenvalues."""
     return 0.5 * (eigenvalues * (V.T @ x) ** 2).sum().item()
 
 
 def measure(settings: TheorySettings) -> list[dict]:
-    """One row per condition number."""
+    """Returns the steps of each method, a row per condition number."""
     rows = []
     for decade in range(settings.decades + 1):
         condition = 10.0 ** decade
@@ -116,14 +117,14 @@ def measure(settings: TheorySettings) -> list[dict]:
 
 
 def slope(rows: list[dict]) -> float:
-    """Of log steps over log condition number, SignGD's, by least squares."""
+    """Returns the slope of log SignGD steps over the log condition number, by least squares."""
     x = torch.tensor([math.log(r["condition"]) for r in rows], dtype=torch.float64)
     y = torch.tensor([math.log(r["sign"]) for r in rows], dtype=torch.float64)
     return ((x - x.mean()) @ (y - y.mean()) / ((x - x.mean()) @ (x - x.mean()))).item()
 
 
 def table(rows: list[dict], limit: int) -> str:
-    """The report."""
+    """Returns the report."""
     lines = ["| condition number | SignGD | G.12's lower bound | clipped Newton, eigenbasis | "
              "Sophia's diagonal, turned by 30 degrees |", "|---" * 5 + "|"]
     for r in rows:
@@ -135,33 +136,29 @@ def table(rows: list[dict], limit: int) -> str:
 
 
 def draw(rows: list[dict], file: Path) -> None:
-    """Steps over the condition number."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    """Draws the steps over the condition number."""
+    figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
     lines = (("sign", "SignGD", "-o"), ("bound", "lower bound of Theorem G.12", "--"),
              ("newton", "clipped Newton in the eigenbasis (F.3)", "-s"),
              ("diagonal", "Sophia's diagonal, turned by 30 degrees", "-.^"))
-    for i, (key, words, style) in enumerate(lines):
+    for i, (key, label, style) in enumerate(lines):
         points = [(r["condition"], r[key]) for r in rows if r[key]]
-        axes.loglog(*zip(*points, strict=True), style, color=COLOURS[i], label=words)
+        axes.loglog(*zip(*points, strict=True), style, color=COLOURS[i], label=label)
     axes.set_xlabel("condition number")
     axes.set_ylabel(f"steps to a loss of {EPSILON:g}")
-    axes.grid(color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-    plt.close(figure)
+    clear_frame(axes)
+    save_figure(figure, file)
 
 
 @command()
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Runs the command."""
     settings, _ = load(TheorySettings, argv, "python -m experiments.theory [--key=value]")
     out = Path(settings.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     rows = measure(settings)
     text = table(rows, settings.limit)
-    (out / "theory.md").write_text(text + "\n")
+    write_text(out / "theory.md", text + "\n")
     draw(rows, out / "theory.svg")
     print(text)
 

@@ -1,4 +1,4 @@
-"""The experiments: figures against known values, runs that are carried out once, their verdicts."""
+"""The experiments: figures against known values; runs that are made once; verdicts on them."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 
-from experiments import compare, figures, gamma, runs, study, theory, toy
-from experiments.runs import Cell, Result, RunError
+from experiments import compare, figures, gamma, optimizer_steps, runs, study, theory, toy
+from experiments.runs import Result, RunError, RunSpec
 from nanosophia.configurator import load
 
 # A run of a second on the tests' own data.
@@ -48,7 +48,7 @@ def quick(data_dir, monkeypatch):
 
 
 def test_toy_steps_are_those_of_the_paper_s_landscape():
-    found = {name: toy.steps_to_solve(places) for name, places in toy.methods(400).items()}
+    found = {name: toy.steps_to_solve(points) for name, points in toy.methods(400).items()}
     gd = found.pop(next(name for name in found if name.startswith("GD")))
     assert found == {"Sophia, lr 0.5": 11, "Sophia, lr 1": 4, "SignGD, lr 0.01": 396,
                      "Adam, lr 0.03": 161, "Newton": None}
@@ -57,7 +57,7 @@ def test_toy_steps_are_those_of_the_paper_s_landscape():
     torch.testing.assert_close(toy.newton(50)[-1], torch.tensor([0.0, 4.0], dtype=torch.float64))
 
 
-def test_the_landscape_starts_concave_and_has_its_minimum_where_it_is_said():
+def test_the_landscape_starts_concave_and_has_its_minimum_at_the_named_point():
     x = torch.tensor(toy.START, dtype=torch.float64)
     assert toy.diagonal(x)[0] < 0
     minimum = torch.tensor(toy.MINIMUM, dtype=torch.float64)
@@ -81,12 +81,12 @@ def test_both_pictures_are_drawn(tmp_path, capsys):
     assert "| Newton | never | (0.000, 4.000) | 8 |" in capsys.readouterr().out
 
 
-def test_a_list_of_runs_goes_on_where_it_stopped(quick, tmp_path):
-    cells = [Cell(f"s{seed}", (*quick, f"--seed={seed}")) for seed in (0, 1)]
-    said = []
-    first = runs.carry_out(cells[:1], tmp_path, say=said.append)
-    both = runs.carry_out(cells, tmp_path, say=said.append)
-    assert [r.name for r in both] == ["s0", "s1"] and len(said) == 2  # s0 ran once
+def test_a_list_of_runs_continues_where_it_stopped(quick, tmp_path):
+    specs = [RunSpec(f"s{seed}", (*quick, f"--seed={seed}")) for seed in (0, 1)]
+    printed = []
+    first = runs.run_all(specs[:1], tmp_path, report=printed.append)
+    both = runs.run_all(specs, tmp_path, report=printed.append)
+    assert [r.name for r in both] == ["s0", "s1"] and len(printed) == 2  # s0 ran once
     assert both[0].loss == first[0].loss == both[0].records[-1]["val/loss"]
     assert both[0].tokens == 6 * 32 and both[0].seconds > 0
     per_token = both[0].flops / both[0].tokens
@@ -96,24 +96,24 @@ def test_a_list_of_runs_goes_on_where_it_stopped(quick, tmp_path):
 
 
 def test_a_folder_with_another_run_is_refused_before_any_run(quick, tmp_path):
-    cell = Cell("a", quick)
-    runs.carry_out([cell], tmp_path)
-    other = dataclasses.replace(cell, flags=(*quick, "--seed=7"))
+    spec = RunSpec("a", quick)
+    runs.run_all([spec], tmp_path)
+    other = dataclasses.replace(spec, flags=(*quick, "--seed=7"))
     with pytest.raises(runs.ConfigError, match="holds a run with other settings"):
-        runs.carry_out([Cell("b", quick), other], tmp_path)
+        runs.run_all([RunSpec("b", quick), other], tmp_path)
     assert not (tmp_path / "b").exists()
     with pytest.raises(runs.ConfigError, match="unknown key"):
-        runs.carry_out([Cell("c", ("--lr=1",))], tmp_path)
+        runs.run_all([RunSpec("c", ("--lr=1",))], tmp_path)
 
 
-def test_a_config_file_that_was_changed_is_not_taken_for_the_run_that_finished(quick, tmp_path):
+def test_a_changed_config_file_is_not_assumed_to_be_the_run_that_finished(quick, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("learning_rate = 1e-3\n")
-    cell = Cell("a", (*quick, str(file)))
-    runs.carry_out([cell], tmp_path)
+    spec = RunSpec("a", (*quick, str(file)))
+    runs.run_all([spec], tmp_path)
     file.write_text("learning_rate = 1e-2\n")
     with pytest.raises(runs.ConfigError, match=r"learning_rate = 0.001 there, 0.01 here"):
-        runs.carry_out([cell], tmp_path)
+        runs.run_all([spec], tmp_path)
 
 
 @pytest.mark.parametrize("flags, ranks, words", [
@@ -124,23 +124,23 @@ def test_a_config_file_that_was_changed_is_not_taken_for_the_run_that_finished(q
     (["--hessian_batch_size=8"], 1, "hessian_batch_size = 8")])
 def test_what_train_would_refuse_is_refused_before_the_first_run(quick, tmp_path, flags, ranks,
                                                                  words):
-    cells = [Cell("a", quick), Cell("b", (*quick, *flags))]
+    specs = [RunSpec("a", quick), RunSpec("b", (*quick, *flags))]
     with pytest.raises(runs.ConfigError, match=words):
-        runs.carry_out(cells, tmp_path, ranks=ranks)
+        runs.run_all(specs, tmp_path, ranks=ranks)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_refused_run_leaves_its_folder_to_the_corrected_one(quick, tmp_path):
     with pytest.raises(RunError, match="error: nowhere"):
-        runs.carry_out([Cell(n, (*quick, "--dataset=nowhere", f"--seed={i}"))
+        runs.run_all([RunSpec(n, (*quick, "--dataset=nowhere", f"--seed={i}"))
                         for i, n in enumerate("abcd")], tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["a"]  # the others did not begin
-    assert runs.carry_out([Cell("a", quick)], tmp_path)[0].steps == 6
+    assert runs.run_all([RunSpec("a", quick)], tmp_path)[0].steps == 6
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_command_that_is_stopped_stops_its_runs_and_goes_on_later(data_dir, tmp_path, number,
-                                                                    code):
+def test_a_command_that_is_stopped_stops_its_runs_and_continues_later(data_dir, tmp_path, number,
+                                                                      code):
     """Only the command gets the signal, as from a scheduler; its run saves and ends."""
     flags = ",".join(flag[2:] for flag in (*QUICK, "--eval_interval=1000", f"--dataset={data_dir}"))
     out = tmp_path / "o o"
@@ -167,12 +167,12 @@ def test_a_command_that_is_stopped_stops_its_runs_and_goes_on_later(data_dir, tm
     assert steps == list(range(600))
 
 
-def test_two_ranks_carry_out_a_run(data_dir, tmp_path):
-    cell = Cell("a", (*QUICK, f"--dataset={data_dir}", "--batch_size=2"))
-    result, = runs.carry_out([cell], tmp_path, ranks=2)
+def test_a_run_can_have_two_ranks(data_dir, tmp_path):
+    spec = RunSpec("a", (*QUICK, f"--dataset={data_dir}", "--batch_size=2"))
+    result, = runs.run_all([spec], tmp_path, ranks=2)
     assert result.steps == 6 and result.records[-1]["val/loss"] == result.loss
     with pytest.raises(RunError, match="error: .*nowhere"):
-        runs.carry_out([Cell("b", (*cell.flags, "--dataset=nowhere"))], tmp_path, ranks=2)
+        runs.run_all([RunSpec("b", (*spec.flags, "--dataset=nowhere"))], tmp_path, ranks=2)
 
 
 def test_a_record_counts_for_the_steps_since_the_one_before():
@@ -181,7 +181,7 @@ def test_a_record_counts_for_the_steps_since_the_one_before():
             {"step": 0, "x": 1.0, "tokens_per_second": 10}, {"step": 9},
             {"step": 10, "x": 0.2, "tokens_per_second": 20},
             {"step": 20, "x": 0.4, "tokens_per_second": 40}],
-            config=Cell("", ("--max_iters=21", "--total_batch_size=30", "--batch_size=30",
+            config=RunSpec("", ("--max_iters=21", "--total_batch_size=30", "--batch_size=30",
                              "--block_size=8", "--warmup_iters=1")).config()).items():
         object.__setattr__(result, key, value)
     assert result.mean("x") == pytest.approx((1 + 10 * 0.2 + 10 * 0.4) / 21)
@@ -193,18 +193,18 @@ def test_a_record_counts_for_the_steps_since_the_one_before():
 @pytest.mark.parametrize("every, steps", [(1, 6), (2, 6), (6, 6), (1, 2), (9, 2)])
 def test_a_run_that_diverges_is_a_result(quick, tmp_path, every, steps, optimizer):
     """Wherever it shows first: in a training loss, an evaluation, the last one, a save."""
-    cell = Cell("a", (*quick, f"--optimizer={optimizer}", "--learning_rate=1e38",
+    spec = RunSpec("a", (*quick, f"--optimizer={optimizer}", "--learning_rate=1e38",
                       "--warmup_iters=0", f"--eval_interval={every}", f"--max_iters={steps}",
                       "--hessian_interval=1", "--min_lr_ratio=1", "--weight_decay=1"))
-    result = runs.carry_out([cell], tmp_path)[0]
+    result = runs.run_all([spec], tmp_path)[0]
     assert result.diverged and result.loss == math.inf and gamma.blew_up(result)
     assert result.steps_to(math.inf) is None and result.steps <= steps
-    assert runs.carry_out([cell], tmp_path)[0].diverged
+    assert runs.run_all([spec], tmp_path)[0].diverged
 
 
 def test_two_runs_of_one_name_are_refused(quick, tmp_path):
     with pytest.raises(runs.ConfigError, match="share the name a"):
-        runs.carry_out([Cell("a", quick), Cell("a", (*quick, "--seed=1"))], tmp_path)
+        runs.run_all([RunSpec("a", quick), RunSpec("a", (*quick, "--seed=1"))], tmp_path)
 
 
 def test_no_verdict_is_given_where_a_run_diverged(quick, tmp_path, capsys):
@@ -217,7 +217,7 @@ def test_no_verdict_is_given_where_a_run_diverged(quick, tmp_path, capsys):
 
 def test_a_run_that_breaks_otherwise_is_an_error_with_its_last_line(quick, tmp_path):
     with pytest.raises(RunError, match="did not finish"):
-        runs.carry_out([Cell("a", (*quick, "--dataset=nowhere"))], tmp_path)
+        runs.run_all([RunSpec("a", (*quick, "--dataset=nowhere"))], tmp_path)
 
 
 def contenders(quick, tmp_path):
@@ -244,12 +244,13 @@ def test_compare_judges_half_the_steps_against_the_tuned_baseline(quick, tmp_pat
     assert (tmp_path / "comparison.svg").read_text().startswith("<?xml")
     # warm-up keeps its share: 1 of 6 becomes 2 of 12
     settings = load(compare.CompareSettings, contenders(quick, tmp_path), "")[0]
-    assert compare.one(settings, "x", settings.baseline, 12, 0).config().warmup_iters == 2
     kept = dataclasses.replace(settings, warmup="steps")
-    assert compare.one(kept, "x", settings.baseline, 12, 0).config().warmup_iters == 1
+    for chosen, warmup in ((settings, 2), (kept, 1)):
+        spec = compare.contender_spec(chosen, "x", settings.baseline, 12, 0)
+        assert spec.config().warmup_iters == warmup
 
 
-def test_a_best_rate_at_the_end_of_the_ladder_is_said(quick, tmp_path, capsys):
+def test_a_best_rate_at_the_end_of_the_ladder_is_reported(quick, tmp_path, capsys):
     compare.main([*contenders(quick, tmp_path), "--rates=0.001,0.01"])
     assert "is at the end of its ladder" in capsys.readouterr().out
 
@@ -282,7 +283,7 @@ def recorded(tmp_path, losses, warmup=0, unclipped=0.3):
          "unclipped_fraction": unclipped[i] if isinstance(unclipped, list) else unclipped}
         for i, loss in enumerate(losses)])
     flags = (f"--max_iters={len(losses)}", f"--warmup_iters={warmup}")
-    object.__setattr__(result, "config", Cell("", flags).config())
+    object.__setattr__(result, "config", RunSpec("", flags).config())
     return result
 
 
@@ -297,12 +298,12 @@ def test_a_loss_a_quarter_above_what_it_had_been_is_a_blow_up_after_the_warm_up(
 
 def test_the_finder_brackets_gamma_and_halves(tmp_path, monkeypatch):
     """The unclipped share of these runs is gamma / (gamma + 1): 22 % at gamma .29."""
-    def carry_out(self, cells):
-        value = cells[0].config().gamma
+    def run_all(self, specs):
+        value = specs[0].config().gamma
         tried.append(value)
         return [recorded(tmp_path, [3, 2], unclipped=value / (value + 1))]
 
-    monkeypatch.setattr(runs.RunSettings, "carry_out", carry_out)
+    monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
     for start in (1e-4, 0.3, 1e4):
         tried: list[float] = []
         settings = load(gamma.GammaSettings, [f"--config=optimizer=sophiag,gamma={start}",
@@ -316,71 +317,72 @@ def test_the_finder_brackets_gamma_and_halves(tmp_path, monkeypatch):
         gamma.search(settings)
 
 
-@pytest.mark.parametrize("limit, start, largest, blown", [
+@pytest.mark.parametrize("limit, start, largest, blew_up_at", [
     (0.05, 0.01, 0.04, 0.08), (0.05, 0.4, 0.05, 0.1), (10, 0.01, 0.01 * 2**4, None)])
-def test_ladders_climb_side_by_side_until_a_run_blows_up(tmp_path, monkeypatch, limit, start,
-                                                         largest, blown):
-    def carry_out(self, cells):
-        rounds.append([c.name for c in cells])
-        rates = [c.config().learning_rate for c in cells]
+def test_sweeps_rise_side_by_side_until_a_run_blows_up(tmp_path, monkeypatch, limit, start,
+                                                       largest, blew_up_at):
+    def run_all(self, specs):
+        rounds.append([c.name for c in specs])
+        rates = [c.config().learning_rate for c in specs]
         found = [9 if r > limit else 2 + 0.03 * math.log2(r / 0.02) ** 2 for r in rates]
         return [recorded(tmp_path, [3] * 5 + [loss] * 5) for loss in found]
 
     def at(rate):
-        return Cell("x", (f"--learning_rate={rate}",))
+        return RunSpec("x", (f"--learning_rate={rate}",))
 
     rounds: list[list[str]] = []
-    monkeypatch.setattr(runs.RunSettings, "carry_out", carry_out)
-    ladders = gamma.climb(runs.RunSettings(), {"a": (at, start), "b": (at, 0.02)}, most=5)
-    found = ladders["a"]
-    assert found.largest == pytest.approx(largest) and found.blown == pytest.approx(blown)
-    assert found.best == pytest.approx(0.02 if start < 0.02 else largest)
-    assert ladders["b"].best == 0.02 and len(rounds[0]) == 2
-    below = gamma.climb(runs.RunSettings(), {"a": (at, 0.02)}, below=True, most=9)["a"]
-    assert below.best == 0.02 and below.least == 0.01  # the best has a neighbour on either side
+    monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
+    sweeps = gamma.sweep_lr(runs.RunSettings(), {"a": (at, start), "b": (at, 0.02)}, most=5)
+    sweep = sweeps["a"]
+    assert sweep.largest_stable == pytest.approx(largest)
+    assert sweep.blew_up_at == pytest.approx(blew_up_at)
+    assert sweep.best == pytest.approx(0.02 if start < 0.02 else largest)
+    assert sweeps["b"].best == 0.02 and len(rounds[0]) == 2
+    below = gamma.sweep_lr(runs.RunSettings(), {"a": (at, 0.02)}, bracket_below=True, most=9)["a"]
+    assert below.best == 0.02 and below.lowest == 0.01  # the best has a neighbour on either side
     monkeypatch.setattr(gamma, "blew_up", lambda result: True)
     with pytest.raises(gamma.ConfigError, match="all of 5 learning rates from 0.02"):
-        gamma.climb(runs.RunSettings(), {"a": (at, 0.02)}, most=5)
+        gamma.sweep_lr(runs.RunSettings(), {"a": (at, 0.02)}, most=5)
 
 
 def test_a_rate_that_unlearns_is_not_stable():
     """A model that ends at the loss of byte frequencies never rose above what it had been."""
     assert gamma.stable({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}) == {1.0: 2.4, 2.0: 2.9}
     assert gamma.stable({1.0: math.inf, 2.0: math.inf}) == {}
-    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, below=False) is None
-    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, below=True) == 0.5
-    assert gamma.next_rate({1.0: 3.3}, 1.0, 2.0, below=False) == 2.0
+    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, bracket_below=False) is None
+    assert gamma.next_rate({1.0: 2.4, 2.0: 2.9, 4.0: 3.3}, 1.0, 2.0, bracket_below=True) == 0.5
+    assert gamma.next_rate({1.0: 3.3}, 1.0, 2.0, bracket_below=False) == 2.0
 
 
-def test_a_ladder_that_starts_on_a_plateau_descends_before_it_climbs():
+def test_a_sweep_that_starts_on_a_plateau_falls_before_it_rises():
     losses = {0.3: 3.09}
-    while (rate := gamma.next_rate(losses, 0.3, 2.0, below=True)) is not None:
+    while (rate := gamma.next_rate(losses, 0.3, 2.0, bracket_below=True)) is not None:
         losses[rate] = 3.2 if rate > 0.5 else 3.1 if rate > 0.1 else \
             2.5 + 0.1 * abs(math.log2(rate / 0.01))
     assert min(losses, key=losses.get) == pytest.approx(0.3 / 32)
     assert min(losses) == pytest.approx(0.3 / 64) and max(losses) == 0.6
 
 
-def test_a_gamma_within_the_range_is_taken_and_diverging_runs_are_said(tmp_path, monkeypatch):
+def test_a_gamma_within_the_range_is_taken_and_diverging_runs_are_reported(tmp_path, monkeypatch):
     settings = load(gamma.GammaSettings, ["--config=optimizer=sophiag", "--find=gamma",
                                           "--most=2"], "")[0]
     for share in (0.11, 0.49):
-        monkeypatch.setattr(runs.RunSettings, "carry_out", lambda self, cells, share=share: [
+        monkeypatch.setattr(runs.RunSettings, "run_all", lambda self, specs, share=share: [
             recorded(tmp_path, [9, 9, 3, 2], unclipped=[0.9, 0.9, share, share])])
         assert gamma.search(settings)["gamma"] == 0.05  # the default; by the second half
     lost = dataclasses.replace(recorded(tmp_path, [3]), diverged=True)
-    monkeypatch.setattr(runs.RunSettings, "carry_out", lambda self, cells: [lost])
+    monkeypatch.setattr(runs.RunSettings, "run_all", lambda self, specs: [lost])
     with pytest.raises(gamma.ConfigError, match="all of 2 runs diverged"):
         gamma.search(settings)
 
 
 def test_short_runs_correct_h_for_its_bias_unless_they_are_the_config_s_own(tmp_path, monkeypatch):
-    def carry_out(self, cells):
-        seen.append(cells[0].config())
+    def run_all(self, specs):
+        seen.append(specs[0].config())
         loss = 2 + abs(math.log2(seen[-1].learning_rate / 6e-4))
         return [recorded(tmp_path, [3] * 5 + [loss] * 5)]
 
-    monkeypatch.setattr(runs.RunSettings, "carry_out", carry_out)
+    monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
     for optimizer, steps, find, corrected in (
             ("optimizer=sophiag", 100, "both", True), ("optimizer=sophiag", 500, "both", False),
             ("optimizer=adamw", 100, "rate", False),
@@ -416,12 +418,12 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
                                                         capsys):
     seen = {}
 
-    def carry_out(self, cells):
+    def run_all(self, specs):
         found = []
-        for cell in cells:
-            config = cell.config()  # a run that train.py would take
-            seen[cell.name] = config
-            result = Recorded(cell.name, tmp_path, False)
+        for spec in specs:
+            config = spec.config()  # a run that train.py would take
+            seen[spec.name] = config
+            result = Recorded(spec.name, tmp_path, False)
             object.__setattr__(result, "config", config)
             object.__setattr__(result, "records", [
                 {"step": i, "train/loss": 4 / (i + 1), "val/loss": 4 / (i + 1),
@@ -429,7 +431,7 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
             found.append(result)
         return found
 
-    monkeypatch.setattr(runs.RunSettings, "carry_out", carry_out)
+    monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
     figures.main([f"--figure={figure}", f"--preset={preset}", f"--out_dir={tmp_path}"])
     assert len(seen) >= 3
     tokens = {c.tokens_per_step for c in seen.values()}
@@ -449,9 +451,9 @@ def test_the_study_keeps_models_and_batches_apart(tmp_path, monkeypatch):
                                    ("ours", 1e-2, 1.4, {"rows": 4}), ("muon", 1e-2, 1.3, {}),
                                    ("ours", 1e-2, 1.2, {"share": 0.7}),
                                    ("ours", 1e-2, 1.1, {"seed": 1})):
-        cell = study.cell("bytes", "b", method, lr, extra=("--vocab_size=320",), **more)
-        result = Recorded(cell.name, tmp_path, False)
-        object.__setattr__(result, "config", cell.config())
+        spec = study.run_spec("bytes", "b", method, lr, extra=("--vocab_size=320",), **more)
+        result = Recorded(spec.name, tmp_path, False)
+        object.__setattr__(result, "config", spec.config())
         object.__setattr__(result, "records", [{"step": 0, "val/loss": loss}])
         results.append(result)
     lines = study.table(results).splitlines()[2:]
@@ -494,7 +496,17 @@ def test_flags_for_every_run_come_before_what_the_protocol_sets(quick, tmp_path,
 
 
 def test_the_study_lists_runs_that_train_takes():
-    cells = study.cells("bpe", "a") + study.cells("bytes", "b")
-    assert len({cell.name for cell in cells}) == len(cells)
-    for cell in cells:
-        assert cell.config().max_iters > cell.config().warmup_iters
+    specs = study.run_specs("bpe", "a") + study.run_specs("bytes", "b")
+    assert len({spec.name for spec in specs}) == len(specs)
+    for spec in specs:
+        assert spec.config().max_iters > spec.config().warmup_iters
+
+
+def test_each_optimizers_step_is_timed_alone(tmp_path, capsys):
+    optimizer_steps.main(["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16",
+                          "--vocab_size=320", "--device=cpu", "--repeats=3",
+                          f"--json={tmp_path / 'steps.json'}"])
+    assert "| AdamW, torch fused | " in capsys.readouterr().out
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert rows.pop("AdamW, torch fused")["ratio"] == 1
+    assert all(0 < row["least"] <= row["ratio"] <= row["most"] for row in rows.values())

@@ -1,0 +1,144 @@
+"""Times one step of each optimizer, without a training loop, as ratios to torch's fused AdamW.
+
+    python -m experiments.optimizer_steps config/train_gpt2_30m_sophiag.py --device=cpu
+
+The optimizers step on the parameters of the config's model, which have random gradients. They take
+turns, round after round; a ratio is taken within a round, and the table shows the median over the
+rounds with the smallest and the largest. Times are processor time on the CPU and synchronised wall
+time on CUDA; the first call, which includes compilation, is always wall time. bench.py times whole
+training steps.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from bench import environment, time_action
+from model import GPT
+from nanosophia.baselines import Lion
+from nanosophia.configurator import command, knob, load
+from nanosophia.controlled_gamma import ControlledSophia
+from nanosophia.distributed import start_ranks
+from nanosophia.files import write_text
+from nanosophia.optimizers import parameter_groups
+from nanosophia.options import Config, padded_vocab_size
+from nanosophia.tokenizer import GPT2_CLASSES
+from nanosophia.update_rules import compiled_update, sliced_update
+from sophia import Sophia
+
+BASELINE = "AdamW, torch fused"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerStepsSettings(Config):
+    """train.py's settings, of which the model's and the device count, and this command's own."""
+
+    repeats: int = knob(9, "rounds that are timed", low=3, section="benchmark")
+    json: str = knob("", "file that receives the measurements; empty = none")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A step that is timed, and what must be done before each call without being timed."""
+
+    step: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def measure(settings: OptimizerStepsSettings) -> dict:
+    """Times all contenders and returns the report: medians over the rounds, and the environment."""
+    device = start_ranks(settings.device).device
+    vocab_size = settings.vocab_size or padded_vocab_size(GPT2_CLASSES)
+    model = GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    contenders = build_contenders(settings, model)
+
+    def seconds(contender: Contender):
+        contender.prepare()
+        return time_action(contender.step, device)
+
+    # Compilation works in other processes too, so wall time is what a first call costs.
+    first = {name: seconds(contender).wall for name, contender in contenders.items()}
+    for contender in contenders.values():  # one more call, so that every cache is warm
+        seconds(contender)
+    rounds = [{name: seconds(contender).compared for name, contender in contenders.items()}
+              for _ in range(settings.repeats)]
+    rows = {}
+    for name in contenders:
+        ratios = [times[name] / times[BASELINE] for times in rounds]
+        rows[name] = dict(ms=1e3 * median(times[name] for times in rounds), ratio=median(ratios),
+                          least=min(ratios), most=max(ratios), first_ms=1e3 * first[name])
+    return dict(rows=rows, parameters=model.num_params(non_embedding=False), repeats=len(rounds),
+                **environment(device))
+
+
+def build_contenders(settings: OptimizerStepsSettings, model: GPT) -> dict[str, Contender]:
+    """Returns the optimizers' steps by name; the baseline comes first."""
+    def groups(**extra) -> list[dict]:
+        return [group | extra for group in parameter_groups(model, settings)]
+
+    # Positive, as Gauss-Newton-Bartlett's are; the time does not depend on more.
+    estimates = [torch.rand_like(p) for group in groups() for p in group["params"]]
+
+    def sophia(rule: Callable = compiled_update, **extra) -> Sophia:
+        optimizer = (ControlledSophia if extra else Sophia)(groups(**extra))
+        optimizer.rule = rule
+        optimizer.update_hessian(estimates)
+        return optimizer
+
+    def after_estimate(optimizer: Sophia) -> Contender:
+        """Returns the step that follows an estimate: it sets the controlled gamma anew."""
+        return Contender(optimizer.step, lambda: optimizer.update_hessian(estimates))
+
+    eager, compiled = sophia(sliced_update), sophia()
+    tensors, rows = sophia(gamma_target=0.9), sophia(gamma_target=0.9)
+    for group in rows.param_groups:
+        group["gamma_rows"] = group["kind"] == "embedding"
+    device = model.transformer.wte.weight.device
+    fused = dict(fused=True) if device.type in ("cpu", "cuda") else {}
+    return {
+        BASELINE: Contender(torch.optim.AdamW(groups(), **fused).step),
+        "AdamW, torch foreach": Contender(torch.optim.AdamW(groups(), foreach=True).step),
+        "Lion": Contender(Lion(groups()).step),
+        "Sophia, eager": Contender(eager.step),
+        "Sophia, compiled": Contender(compiled.step),
+        "Sophia, compiled, gamma per tensor, no refresh": Contender(tensors.step),
+        "Sophia, compiled, gamma per tensor, refresh": after_estimate(tensors),
+        "Sophia, compiled, embedding by rows, no refresh": Contender(rows.step),
+        "Sophia, compiled, embedding by rows, refresh": after_estimate(rows),
+        "Sophia, update_hessian": Contender(lambda: eager.update_hessian(estimates)),
+    }
+
+
+def table(report: dict) -> str:
+    """Returns the report as a Markdown table."""
+    lines = [f"{report['parameters'] / 1e6:.1f}M parameters, {report['device']} "
+             f"({report['device_name']}), {report['threads']} threads, torch {report['torch']}, "
+             f"{report['repeats']} rounds", "",
+             "| optimizer step | ms | x fused AdamW | least-most | first call, ms |",
+             "|---|---|---|---|---|"]
+    for name, row in report["rows"].items():
+        lines.append(f"| {name} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['least']:.2f}-"
+                     f"{row['most']:.2f} | {row['first_ms']:.0f} |")
+    return "\n".join(lines)
+
+
+@command()
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    settings, _ = load(OptimizerStepsSettings, argv,
+                       "python -m experiments.optimizer_steps [config/FILE.py] [--key=value]")
+    report = measure(settings)
+    print(table(report))
+    if settings.json:
+        write_text(Path(settings.json), json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

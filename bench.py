@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend
 
 import train
 from model import cross_entropy
-from nanosophia.configurator import ConfigError, command, knob, load
+from nanosophia.configurator import ConfigError, command, load, option
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import Ranks, start_ranks, world_size
 from nanosophia.files import write_text
@@ -49,16 +49,16 @@ PLAIN = "plain"
 class BenchSettings(Config):
     """train.py's settings and what this command adds."""
 
-    compare: str = knob("optimizer=adamw; optimizer=sophiag; optimizer=sophiah",
-                        "contenders, separated by semicolons: plain, or settings with commas",
-                        section="benchmark")
-    baseline: str = knob("", "file that --json wrote: repeat its command and compare the ratios; "
-                             "empty = none")
-    tolerance: float = knob(0.1, "relative growth of a ratio that --baseline accepts", low=0)
-    repeats: int = knob(9, "rounds that are timed", low=3)
-    real_data: bool = knob(False, "read --dataset instead of random tokens")
-    profile: str = knob("", "file for a trace of one cycle of the last contender; empty = none")
-    json: str = knob("", "file that receives the measurements; empty = none")
+    compare: str = option("optimizer=adamw; optimizer=sophiag; optimizer=sophiah",
+                          "contenders, separated by semicolons: plain, or settings with commas",
+                          section="benchmark")
+    baseline: str = option("", "file that --json wrote: repeat its command and compare the ratios; "
+                               "empty = none")
+    tolerance: float = option(0.1, "relative growth of a ratio that --baseline accepts", low=0)
+    repeats: int = option(9, "rounds that are timed", low=3)
+    real_data: bool = option(False, "read --dataset instead of random tokens")
+    profile: str = option("", "file for a trace of one cycle of the last contender; empty = none")
+    json: str = option("", "file that receives the measurements; empty = none")
 
     @property
     def contenders(self) -> list[str]:

@@ -68,7 +68,7 @@ class CausalSelfAttention(nn.Module):
         )
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_head, all positions, hs)
-        y = F.scaled_dot_product_attention(  # a single token may look at all positions
+        y = F.scaled_dot_product_attention(  # else a single query would see the first key alone
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1,
             scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -112,7 +112,8 @@ def cross_entropy(x: Tensor, head: Tensor, targets: Tensor,
     """Returns the mean cross-entropy of the logits x head^T: x (n, C), head (V, C), targets (n,).
 
     Targets of -100 are ignored. With `sample_labels_fn` the labels are
-    sample_labels_fn(probabilities (n, V), targets), in float32 under autocast.
+    sample_labels_fn(probabilities (n, V), targets), whatever it takes as targets (estimators.py:
+    uniform numbers).
     """
     logits = F.linear(x, head)  # (n, V)
     if sample_labels_fn is not None:
@@ -125,7 +126,7 @@ class GPT(nn.Module):
     """GPT-2 with the head tied to the token embedding.
 
     `activation_checkpointing` recomputes each block in the backward pass instead of keeping its
-    activations. `loss_fn` computes the loss as `cross_entropy` does, in other ways if it likes.
+    activations. `loss_fn` may be set to another function with the signature of `cross_entropy`.
     """
 
     activation_checkpointing = False
@@ -144,7 +145,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draws GPT-2's initial weights: N(0, .02), residual projections .02/sqrt(2 n_layer)."""
+        """Draws initial weights as nanoGPT: N(0, .02), residual projections .02/sqrt(2 n_layer)."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
@@ -180,17 +181,15 @@ class GPT(nn.Module):
         return self.loss_fn(x.flatten(0, 1), head, targets.flatten(), sample_labels_fn)
 
     def num_params(self, non_embedding: bool = True) -> int:
-        """Returns the number of parameters, by default without the position embedding's.
-
-        So does nanoGPT count.
-        """
+        """Returns the number of parameters, by default without the position embedding (nanoGPT)."""
         total = sum(p.numel() for p in self.parameters())
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
     def flops_per_token(self) -> int:
         """Returns training FLOPs per token, forward and backward: 6N + 12 L d T (PaLM, appendix B).
 
-        N counts the tied head once and not the positions; attention's causal half is not taken off.
+        N counts the tied embedding once and no position embedding; attention is counted without
+        the saving of the causal mask.
         """
         c = self.config
         return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size

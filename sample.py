@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from model import GPT
 from nanosophia.checkpoint import MANIFEST, CheckpointError
-from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.configurator import ConfigError, Settings, command, load, option
 from nanosophia.distributed import start_ranks
 from nanosophia.generate import stream
 from nanosophia.tokenizer import EOT, TextStream, get_tokenizer
@@ -29,28 +29,28 @@ from nanosophia.weights import Weights, foreign_weights, run_weights
 class SampleSettings(Settings):
     """The settings of this command; the names are nanoGPT's."""
 
-    init_from: str = knob("resume", "resume: the run in out_dir; or a ckpt.pt, a GPT-2 folder of "
-                                    "transformers, a name on its hub", section="model")
-    out_dir: str = knob("out", "folder of the run")
-    checkpoint: Literal["newest", "best"] = knob("newest", "which of the run's checkpoints")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["float32", "bfloat16"] = knob("float32", "precision of the model")
+    init_from: str = option("resume", "resume: the run in out_dir; or a ckpt.pt, a GPT-2 folder of "
+                                      "transformers, a name on its hub", section="model")
+    out_dir: str = option("out", "folder of the run")
+    checkpoint: Literal["newest", "best"] = option("newest", "which of the run's checkpoints")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the model")
 
-    start: str = knob("\n", "prompt; FILE:path reads it from a file, - from standard input; "
-                            "<|endoftext|> is understood", section="text")
-    interactive: bool = knob(False, "ask for prompts, line by line, until an empty one")
-    num_samples: int = knob(10, "number of texts; a single sample is streamed", low=1)
-    max_new_tokens: int = knob(500, "length of each, unless end-of-text comes before",
-                               unit="tokens", low=1)
+    start: str = option("\n", "prompt; FILE:path reads it from a file, - from standard input; "
+                              "<|endoftext|> is understood", section="text")
+    interactive: bool = option(False, "ask for prompts, line by line, until an empty one")
+    num_samples: int = option(10, "number of texts; a single sample is streamed", low=1)
+    max_new_tokens: int = option(500, "length of each, unless end-of-text comes before",
+                                 unit="tokens", low=1)
 
-    temperature: float = knob(0.8, "1 = the model's own distribution, 0 = the most likely token",
-                              low=0, section="sampling")
-    top_k: int = knob(200, "only the k most likely tokens; 0 = all", low=0)
-    top_p: float = knob(1.0, "of these only the most likely that together have this probability",
-                        above=0, high=1)
-    repetition_penalty: float = knob(1.0, "above 1 makes tokens that occurred before less likely",
-                                     low=0.01, high=100)
-    seed: int = knob(1337, "seed of the sampling", low=0, high=2**63 - 1)
+    temperature: float = option(0.8, "1 = the model's own distribution, 0 = the most likely token",
+                                low=0, section="sampling")
+    top_k: int = option(200, "only the k most likely tokens; 0 = all", low=0)
+    top_p: float = option(1.0, "of these only the most likely that together have this probability",
+                          above=0, high=1)
+    repetition_penalty: float = option(1.0, "above 1 makes tokens that occurred before less likely",
+                                       low=0.01, high=100)
+    seed: int = option(1337, "seed of the sampling", low=0, high=2**63 - 1)
 
 
 @command()

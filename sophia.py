@@ -42,7 +42,7 @@ def sophia_update(theta: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, dec
                         for neutral, x in ((m, g), (0, lr), (1, decay)))
     m.lerp_(g, 1 - beta1)
     denominator = (h * gamma).clamp_min_(eps)
-    clipped = torch.div(m, denominator, out=denominator).clamp_(-1, 1)  # in the same memory
+    clipped = torch.div(m, denominator, out=denominator).clamp_(-1, 1)  # reuses its memory
     precise = theta.to(m.dtype)  # theta itself unless its precision is lower
     precise.mul_(decay).sub_(clipped.mul_(lr))
     if precise is not theta:
@@ -77,9 +77,9 @@ class Sophia(torch.optim.Optimizer):
     rule = staticmethod(sophia_update)
 
     def __init__(self, params, lr: float = 4e-4, betas: tuple[float, float] = (0.96, 0.99),
-                 gamma: float = 0.05, eps: float = 1e-12, weight_decay: float = 0.2, **more):
+                 gamma: float = 0.05, eps: float = 1e-12, weight_decay: float = 0.2, **kwargs):
         super().__init__(params, dict(lr=lr, betas=betas, gamma=gamma, eps=eps,
-                                      weight_decay=weight_decay, **more))
+                                      weight_decay=weight_decay, **kwargs))
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group as torch's optimizers do; raises ValueError on values out of range."""
@@ -104,7 +104,7 @@ class Sophia(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update_hessian(self, estimates: Iterable[Tensor | None]) -> None:
-        """Averages one estimate per parameter, in the order of `parameters()`, into h.
+        """Updates h = beta2 h + (1 - beta2) hhat, one hhat per parameter in `parameters()` order.
 
         None leaves that parameter's h as it is. Raises ValueError on another count or shape.
         """
@@ -144,10 +144,10 @@ class Sophia(torch.optim.Optimizer):
         return loss
 
     def _skip_flag(self) -> Tensor | bool | None:
-        """Returns `found_inf` where updates can mask by it on the device, else None or True."""
+        """Returns found_inf where updates read it on the device, else None (no skip) or True."""
         if self.found_inf is None:
             return None
-        on_device = self.found_inf.is_cuda or getattr(self.rule, "masks", False)
+        on_device = self.found_inf.is_cuda or getattr(self.rule, "skips_on_device", False)
         if on_device and type(self)._update is Sophia._update:
             return self.found_inf
         return bool(self.found_inf) or None  # host sync
@@ -161,7 +161,7 @@ class Sophia(torch.optim.Optimizer):
         return group["gamma"]  # what multiplies h: a number, or a tensor that broadcasts
 
     def _curvature(self, hhat: Tensor) -> Tensor:
-        """Returns what h averages."""
+        """Returns the quantity that h averages: hhat, or in AdaHessian its square."""
         return hhat
 
     @torch.no_grad()
@@ -211,14 +211,14 @@ class Sophia(torch.optim.Optimizer):
 
 
 class SophiaG(Sophia):
-    """Sophia as the paper runs it with `gauss_newton_bartlett`: gamma .05, 240 examples, k = 10."""
+    """Sophia with the paper's gamma for `gauss_newton_bartlett`, of 240 examples every 10 steps."""
 
 
 class SophiaH(Sophia):
-    """Sophia as the paper runs it with `hutchinson`: gamma .01, 32 examples, k = 10."""
+    """Sophia with the paper's gamma for `hutchinson`, of 32 examples every 10 steps."""
 
-    def __init__(self, params, lr: float = 4e-4, betas=(0.96, 0.99), gamma: float = 0.01, **more):
-        super().__init__(params, lr, betas, gamma, **more)
+    def __init__(self, params, lr: float = 4e-4, betas=(0.96, 0.99), gamma: float = 0.01, **kwargs):
+        super().__init__(params, lr, betas, gamma, **kwargs)
 
 
 def hutchinson(losses: Iterable[Callable[[], Tensor]], params: Sequence[Tensor], *,
@@ -227,8 +227,8 @@ def hutchinson(losses: Iterable[Callable[[], Tensor]], params: Sequence[Tensor],
 
     hhat = u * (H u) with u ~ N(0, I) drawn from `generator`, on the params' device (ranks that
     average their results must use one seed); its expectation is diag(H), which may be negative. H
-    is the Hessian of the sum of `losses`, functions that each compute a scalar: give one per
-    micro-batch, each is freed before the next is called. `.grad` is neither read nor written.
+    is the Hessian of the sum of `losses`, functions that each compute a scalar: one per micro-batch
+    (a mean loss divided by their number), to bound memory. `.grad` is neither read nor written.
     Attention inside runs on the math kernel, the only one with a second derivative. Raises
     RuntimeError where the loss has none (a fused kernel forced inside, a compiled module).
     """
@@ -319,7 +319,7 @@ def sample_labels(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
     cdf = F.softmax(logits, dim=-1, dtype=state_dtype(logits)).cumsum(-1)
     total = cdf[:, -1:]
     u = torch.rand_like(total) if uniforms is None else uniforms.reshape(-1, 1).to(cdf)
-    below_total = total * (1 - torch.finfo(cdf.dtype).eps)  # whatever the rounding
+    below_total = total * (1 - torch.finfo(cdf.dtype).eps)  # so that no index reaches V
     return torch.searchsorted(cdf, (u * total).minimum(below_total), right=True).squeeze(1)
 
 

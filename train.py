@@ -1,4 +1,4 @@
-"""Trains a GPT on one or several ranks: the one loop for every optimizer.
+"""Trains a GPT on one or several ranks, with one loop for every optimizer.
 
     python train.py config/quickstart.py
     torchrun --nproc_per_node=8 train.py config/train_gpt2_medium_sophiag.py --batch_size=10
@@ -60,7 +60,7 @@ from nanosophia.guard import (
     skip_if_nonfinite,
 )
 from nanosophia.metrics import Clock, Health, Recorder, measure
-from nanosophia.optimizers import advice, build
+from nanosophia.optimizers import build, settings_warnings
 from nanosophia.options import Config
 from nanosophia.resume import check_settings, describe_config, load_config, resolve, write_config
 from nanosophia.run_lock import RunLock
@@ -68,7 +68,7 @@ from nanosophia.summary import print_next_steps, print_sample, print_summary
 from nanosophia.tokenizer import get_tokenizer
 from nanosophia.weights import Weights
 
-CPU_CHUNK_LOGITS = 6_000_000  # 24 MB, which malloc keeps (distributed.start_ranks)
+CPU_CHUNK_LOGITS = 6_000_000  # 24 MB, which malloc keeps (distributed._keep_freed_memory)
 
 
 @dataclass
@@ -81,7 +81,7 @@ class StepCounters:
 
 @dataclass
 class Run:
-    """What one step needs."""
+    """Holds what a training step needs."""
 
     config: Config
     ranks: Ranks
@@ -104,8 +104,8 @@ class Run:
 def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | None = None) -> Run:
     """Builds model, optimizer and batches of a resolved config, initialised or from `weights`."""
     torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
-    # MKL otherwise takes fewer threads when the machine is busy, and rounds otherwise with them:
-    # setting the number, even to what it is, makes torch switch that off.
+    # By default MKL uses fewer threads on a busy machine, which changes rounding; setting the
+    # number, even to its current value, disables that.
     torch.set_num_threads(torch.get_num_threads())
     torch.manual_seed(config.seed)
     model = GPT(config.model)
@@ -168,22 +168,25 @@ def cosine_lr(config: Config, step: int) -> float:
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """Makes one optimizer step; returns this rank's mean loss and the gradient norm, no sync."""
+    """Makes one optimizer step; returns this rank's mean loss and the gradient norm, as tensors.
+
+    Syncs with the host only for optimizers that cannot read found_inf on the device.
+    """
     config = run.config
     for group in run.optimizer.param_groups:
         group["lr"] = cosine_lr(config, step)
     if run.estimator is not None and step % config.hessian_interval == 0:
         update_curvature(run, step)
-    first, last = run.ranks.share(config.total_batch_size)
-    assert (last - first) % config.batch_size == 0, (first, last, config.batch_size)
+    start, stop = run.ranks.share(config.total_batch_size)
+    assert (stop - start) % config.batch_size == 0, (start, stop, config.batch_size)
     mean_loss = torch.zeros((), device=run.ranks.device)
-    for row in range(first, last, config.batch_size):
+    for row in range(start, stop, config.batch_size):
         rows = run.batches.rows(step, row, row + config.batch_size)
         idx, targets = inputs_and_targets(rows, run.ranks.device)
         seed_dropout(config, "dropout", step, row)
-        with gradient_sync(run.wrapped, on=row + config.batch_size == last):
+        with gradient_sync(run.wrapped, on=row + config.batch_size == stop):
             with run.autocast():
-                loss = run.wrapped(idx, targets) * (config.batch_size / (last - first))
+                loss = run.wrapped(idx, targets) * (config.batch_size / (stop - start))
             loss.backward()
         mean_loss += loss.detach()
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(run.model.parameters(),
@@ -198,29 +201,29 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
 
 
 def update_curvature(run: Run, step: int) -> None:
-    """Runs Algorithm 3's lines 6-10: an estimate at the current parameters, on this batch."""
+    """Updates h (Algorithm 3, lines 7-9) from an estimate at the current parameters."""
     config = run.config
-    first, last = run.ranks.share(config.hessian_batch_size)
-    idx, targets = inputs_and_targets(run.batches.rows(step, first, last), run.ranks.device)
-    bare = run.model.forward if run.estimator.second_derivatives else run.model
-    row = first
+    start, stop = run.ranks.share(config.hessian_batch_size)
+    idx, targets = inputs_and_targets(run.batches.rows(step, start, stop), run.ranks.device)
+    forward_fn = run.model.forward if run.estimator.second_derivatives else run.model
+    row = start
 
-    def forward(idx: Tensor, *more, **options) -> Tensor:
+    def forward(idx: Tensor, *args, **kwargs) -> Tensor:
         """Calls the model without gradient hooks on the next rows."""
         nonlocal row
         seed_dropout(config, "hessian_dropout", step, row)
         row += len(idx)
         with run.autocast():
-            return bare(idx, *more, **options)
+            return forward_fn(idx, *args, **kwargs)
 
-    estimate = run.estimator.estimate(forward, idx, targets, first,
+    estimate = run.estimator.estimate(forward, idx, targets, start,
                                       keyed_seed(config.seed, "hessian", step))
     skip_if_nonfinite(run.guard.check_estimate(step, estimate), run.optimizer,
                       lambda: run.optimizer.update_hessian(estimate))
 
 
 def seed_dropout(config: Config, purpose: str, step: int, row: int) -> None:
-    """Keys dropout by the first row, so that it is the same for any number of ranks."""
+    """Keys dropout by the micro-batch's first row, so that it does not depend on the ranks."""
     if config.dropout:
         torch.manual_seed(keyed_seed(config.seed, purpose, step * config.total_batch_size + row))
 
@@ -235,13 +238,13 @@ def loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: 
             signals.start_poll()
             loss, grad_norm = train_step(run, step)
             stop = signals.poll()
-            done, last = step + 1, step + 1 == config.max_iters
+            done, is_last = step + 1, step + 1 == config.max_iters
             record = {}
-            if step % config.log_interval == 0 or last:
+            if step % config.log_interval == 0 or is_last:
                 record |= measure(run, step, cosine_lr(config, step), loss, grad_norm, clock)
             with clock.paused():
-                evaluates = done % config.eval_interval == 0 or last
-                saves = done % config.checkpoint_interval == 0 or last or stop
+                evaluates = done % config.eval_interval == 0 or is_last
+                saves = done % config.checkpoint_interval == 0 or is_last or stop
                 if evaluates or saves:
                     run.guard.raise_if_tripped(run.guard.report.tolist())  # sync
                 if evaluates:
@@ -252,7 +255,7 @@ def loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: 
                 require_finite("val/loss", record.get("val/loss", 0.0), step)
                 if saves:
                     save(run, data, saver, done, record.get("val/loss"))
-            if stop and not last:
+            if stop and not is_last:
                 saver.wait()
                 raise Stopped(
                     f"stopped by {signal.Signals(stop).name} after {done} steps, saved in "
@@ -274,11 +277,11 @@ def save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | Non
 def train(config: Config, sources: dict[str, str] | None = None) -> None:
     """Trains to config.max_iters; `sources` says where each explicitly given key came from."""
     sources, out_dir = sources or {}, Path(config.out_dir)
-    if config.init_from not in ("resume", "auto"):  # a checkpoint may bring other numbers
+    if config.init_from not in ("resume", "auto"):  # a checkpoint may replace these values
         check_settings(config, sources)
     ranks = start_ranks(config.device)
     with RunLock(out_dir) as lock:
-        # A new folder is not made before all is known to fit.
+        # out_dir is made only after settings, data and weights have been checked (run_loop).
         if out_dir.is_dir() and not config.eval_only:
             on_main(ranks, lock.take, CheckpointError)
         start = resolve(config, sources, ranks)
@@ -287,7 +290,7 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
         first_step = restore(run, start.checkpoint) if start.checkpoint else 0
         if ranks.is_main:
             print_summary(config, run.model, ranks, data, run.batches.batches.windows,
-                          [*start.notes, *advice(config)])
+                          [*start.notes, *settings_warnings(config)])
         if config.eval_only:
             loss = evaluate_split(run.model, data, ranks, config.block_size, config.batch_size,
                                   run.autocast)
@@ -298,16 +301,16 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
                 print(f"{start.checkpoint.folder} has all of max_iters = {config.max_iters} steps: "
                       "nothing to train; raise --max_iters to go on")
         else:
-            record_and_loop(run, data, lock, out_dir, first_step)
+            run_loop(run, data, lock, out_dir, first_step)
 
 
-def record_and_loop(run: Run, data: Dataset, lock: RunLock, out_dir: Path,
+def run_loop(run: Run, data: Dataset, lock: RunLock, out_dir: Path,
                     first_step: int) -> None:
-    """Opens what the loop writes to, runs it, and closes everything."""
+    """Takes the lock, opens saver and recorder, runs the loop, and closes them."""
     config, ranks = run.config, run.ranks
     draws_sample = config.sample_tokens > 0 and not run.sharded
     if draws_sample:
-        get_tokenizer(data.tokenizer)  # better missed now than after training
+        get_tokenizer(data.tokenizer)  # a missing one fails now, not after training
     on_main(ranks, lock.take, CheckpointError)
     on_main(ranks, lambda: write_config(config), CheckpointError)
     saver = Saver(out_dir, ranks, keep=config.keep_checkpoints, keep_best=config.keep_best,

@@ -26,7 +26,7 @@ from typing import Literal
 
 from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec, by_name, mean, scaled_flags
-from nanosophia.configurator import ConfigError, command, knob, load
+from nanosophia.configurator import ConfigError, command, load, option
 from nanosophia.files import write_text
 from nanosophia.options import Config
 
@@ -38,13 +38,13 @@ SHARED_KEYS = ("dataset", "block_size", "eval_windows")
 class CompareSettings(RunSettings):
     """Settings of `python -m experiments.compare`."""
 
-    baseline: str = knob("", "config file, then settings after commas", section="comparison")
-    candidate: str = knob("", "config file, then settings after commas")
-    max_iters: str = knob("", "the baseline's lengths T, comma-separated; empty = its config's")
-    ratios: str = knob("0.5", "the candidate's lengths over T, comma-separated")
-    rates: str = knob("1", "the baseline's ladder: multiples of its learning rate, comma-separated")
-    seeds: int = knob(1, "runs of each setting, with seeds 0, 1, ...", low=1)
-    warmup: Literal["share", "steps"] = knob(
+    baseline: str = option("", "config file, then settings after commas", section="comparison")
+    candidate: str = option("", "config file, then settings after commas")
+    max_iters: str = option("", "the baseline's lengths T, comma-separated; empty = its config's")
+    ratios: str = option("0.5", "the candidate's lengths over T, comma-separated")
+    rates: str = option("1", "the baseline's ladder: multiples of its rate, comma-separated")
+    seeds: int = option(1, "runs of each setting, with seeds 0, 1, ...", low=1)
+    warmup: Literal["share", "steps"] = option(
         "share", "what a config's warm-up keeps at another length: its share of the run or its "
                  "steps")
 

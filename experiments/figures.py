@@ -27,7 +27,7 @@ from typing import Any, Literal
 from experiments.gamma import sweep_lr
 from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec, by_name, scaled_flags
-from nanosophia.configurator import command, knob, load
+from nanosophia.configurator import command, load, option
 from nanosophia.files import write_text
 
 # The small preset's settings in place of the paper's. A step has 240 times fewer tokens, so gamma
@@ -44,10 +44,10 @@ SMALL_DEEP = dict(n_layer=8, n_embd=32, max_iters=200, warmup_iters=20)  # Fig. 
 class FigureSettings(RunSettings):
     """Settings of `python -m experiments.figures`."""
 
-    figure: Literal["4", "6a", "6b", "6c", "7a", "7b", "7c"] = knob("7a", "figure of the paper",
-                                                                  section="figure")
-    preset: Literal["paper", "small"] = knob("paper", "the paper's model sizes, or a laptop's")
-    max_iters: int = knob(0, "length of every run; 0 = the preset's", unit="steps", low=0)
+    figure: Literal["4", "6a", "6b", "6c", "7a", "7b", "7c"] = option("7a", "figure of the paper",
+                                                                    section="figure")
+    preset: Literal["paper", "small"] = option("paper", "the paper's model sizes, or a laptop's")
+    max_iters: int = option(0, "length of every run; 0 = the preset's", unit="steps", low=0)
 
 
 @dataclass(frozen=True)

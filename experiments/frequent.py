@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.configurator import ConfigError, Settings, command, load, option
 from nanosophia.dataloader import open_dataset
 from nanosophia.files import write_text
 
@@ -23,13 +23,13 @@ from nanosophia.files import write_text
 class FrequentSettings(Settings):
     """Settings of `python -m experiments.frequent`."""
 
-    dataset: str = knob("openwebtext", "prepared folder to read")
-    out_dir: str = knob("data/frequent", "folder to write")
-    vocab_size: int = knob(4096, "classes of the result, with the one that rarer tokens share",
-                           low=2, high=65536)
-    val_tokens: int = knob(0, "size of a validation split taken from the end of the training "
-                              "split, where the folder's own is small; 0 = the folder's own",
-                           unit="tokens", low=0)
+    dataset: str = option("openwebtext", "prepared folder to read")
+    out_dir: str = option("data/frequent", "folder to write")
+    vocab_size: int = option(4096, "classes of the result, with the one that rarer tokens share",
+                             low=2, high=65536)
+    val_tokens: int = option(0, "size of a validation split taken from the end of the training "
+                                "split, where the folder's own is small; 0 = the folder's own",
+                             unit="tokens", low=0)
 
 
 @command()

@@ -25,7 +25,7 @@ from typing import Literal
 
 from experiments.compare import contender_flags
 from experiments.runs import Result, RunSettings, RunSpec, mean, scaled_flags
-from nanosophia.configurator import ConfigError, command, knob, load
+from nanosophia.configurator import ConfigError, command, load, option
 from nanosophia.optimizers import OPTIMIZERS
 from nanosophia.options import Config
 
@@ -39,11 +39,11 @@ WORSE = 1.01  # times the best loss; smaller differences are noise of seeds and 
 class GammaSettings(RunSettings):
     """Settings of `python -m experiments.gamma`."""
 
-    config: str = knob("", "config file, then settings after commas", section="search")
-    find: Literal["gamma", "rate", "both"] = knob("both", "what to search for; both: gamma first")
-    steps: int = knob(500, "length of a short run", unit="steps", low=20)
-    factor: float = knob(2.0, "ratio of neighbouring learning rates", above=1)
-    most: int = knob(12, "largest number of runs of each search", low=2)
+    config: str = option("", "config file, then settings after commas", section="search")
+    find: Literal["gamma", "rate", "both"] = option("both", "what to search for; both: gamma first")
+    steps: int = option(500, "length of a short run", unit="steps", low=20)
+    factor: float = option(2.0, "ratio of neighbouring learning rates", above=1)
+    most: int = option(12, "largest number of runs of each search", low=2)
 
     def check(self) -> None:
         super().check()

@@ -21,7 +21,7 @@ import torch
 from bench import environment, time_action
 from model import GPT
 from nanosophia.baselines import Lion
-from nanosophia.configurator import command, knob, load
+from nanosophia.configurator import command, load, option
 from nanosophia.controlled_gamma import ControlledSophia
 from nanosophia.distributed import start_ranks
 from nanosophia.files import write_text
@@ -38,8 +38,8 @@ BASELINE = "AdamW, torch fused"
 class OptimizerStepsSettings(Config):
     """train.py's settings, of which the model's and the device count, and this command's own."""
 
-    repeats: int = knob(9, "rounds that are timed", low=3, section="benchmark")
-    json: str = knob("", "file that receives the measurements; empty = none")
+    repeats: int = option(9, "rounds that are timed", low=3, section="benchmark")
+    json: str = option("", "file that receives the measurements; empty = none")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.configurator import ConfigError, Settings, command, load, option
 from nanosophia.files import write_text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -41,15 +41,15 @@ X_LABELS = dict(step="training steps", tokens="training tokens", seconds="second
 class PlotSettings(Settings):
     """Settings of `python -m experiments.plot`."""
 
-    runs: str = knob("", "folders of runs, comma-separated")
-    labels: str = knob("", "names of the runs in the legend, comma-separated; empty = the folders'")
-    file: str = knob("losses.svg", "picture to write; its ending png, svg or pdf is the format")
-    panels: str = knob("loss", f"any of {', '.join(PANELS)}, comma-separated")
-    x: Literal["step", "tokens", "seconds"] = knob("step", "horizontal axis")
-    top: float = knob(0.0, "upper end of the loss axis; 0 = automatic", unit="nats", low=0)
-    title: str = knob("", "title of the picture")
-    report: str = knob("", "HTML page about one run, to write instead of the picture")
-    samples: int = knob(3, "texts in the report, sampled from the newest checkpoint", low=0)
+    runs: str = option("", "folders of runs, comma-separated")
+    labels: str = option("", "names of runs in the legend, comma-separated; empty = the folders'")
+    file: str = option("losses.svg", "picture to write; its ending png, svg or pdf is the format")
+    panels: str = option("loss", f"any of {', '.join(PANELS)}, comma-separated")
+    x: Literal["step", "tokens", "seconds"] = option("step", "horizontal axis")
+    top: float = option(0.0, "upper end of the loss axis; 0 = automatic", unit="nats", low=0)
+    title: str = option("", "title of the picture")
+    report: str = option("", "HTML page about one run, to write instead of the picture")
+    samples: int = option(3, "texts in the report, sampled from the newest checkpoint", low=0)
 
     def check(self) -> None:
         unknown = [p for p in self.panels.split(",") if p not in PANELS]

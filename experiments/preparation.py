@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosophia.configurator import Settings, command, knob, load
+from nanosophia.configurator import Settings, command, load, option
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 class PreparationSettings(Settings):
     """Settings of `python -m experiments.preparation`."""
 
-    input: str = knob("", "parquet file with a column `text`")
-    recipe_dir: str = knob("", "set by the command itself: run nanoGPT's recipe into this folder")
-    num_proc: int = knob(1, "set by the command itself: worker processes of that recipe", low=1)
+    input: str = option("", "parquet file with a column `text`")
+    recipe_dir: str = option("", "set by the command itself: run nanoGPT's recipe into this folder")
+    num_proc: int = option(1, "set by the command itself: worker processes of that recipe", low=1)
 
 
 def run_nanogpt_recipe(source: str, out_dir: Path, num_proc: int) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from experiments.plot import read_config, read_metrics
 from nanosophia import dry_run, optimizers
-from nanosophia.configurator import ConfigError, Settings, UserError, knob, load
+from nanosophia.configurator import ConfigError, Settings, UserError, load, option
 from nanosophia.options import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,13 +41,13 @@ class RunError(UserError):
 class RunSettings(Settings):
     """Settings of every command that makes training runs."""
 
-    out_dir: str = knob("out/experiment", "folder that receives the runs, a table and pictures",
-                        section="runs")
-    flags: str = knob("", "train.py's flags for every run, e.g. \"--dataset=mine --compile=off\"; "
-                          "settings that the experiment itself varies win over them")
-    jobs: int = knob(1, "runs at the same time; the processor's cores are divided among them",
-                     low=1)
-    nproc_per_node: int = knob(1, "ranks of each run, under torchrun", low=1)
+    out_dir: str = option("out/experiment", "folder that receives the runs, a table and pictures",
+                          section="runs")
+    flags: str = option("", "train.py's flags for every run, e.g. \"--dataset=mine --bias\"; "
+                            "settings that the experiment itself varies win over them")
+    jobs: int = option(1, "runs at the same time; the processor's cores are divided among them",
+                       low=1)
+    nproc_per_node: int = option(1, "ranks of each run, under torchrun", low=1)
 
     def check(self) -> None:
         try:

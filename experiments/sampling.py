@@ -14,18 +14,18 @@ from statistics import median
 import torch
 
 from model import GPT, GPTConfig
-from nanosophia.configurator import Settings, command, knob, load
-from nanosophia.generate import draw_token, generate
+from nanosophia.configurator import Settings, command, load, option
+from nanosophia.generate import generate, sample_token
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings(Settings):
     """Settings of `python -m experiments.sampling`."""
 
-    max_new_tokens: int = knob(500, "length of each text", unit="tokens", low=1)
-    rounds: int = knob(3, "rounds that are timed", low=1)
-    top_k: int = knob(200, "tokens are drawn from the k most likely", low=1)
-    batch: int = knob(10, "texts that are sampled together in the row `batch`", low=1)
+    max_new_tokens: int = option(500, "length of each text", unit="tokens", low=1)
+    rounds: int = option(3, "rounds that are timed", low=1)
+    top_k: int = option(200, "tokens are drawn from the k most likely", low=1)
+    batch: int = option(10, "texts that are sampled together in the row `batch`", low=1)
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def recompute(model: GPT, idx: torch.Tensor, tokens: int, top_k: int) -> torch.T
     """Samples with a forward pass over the whole context for every token, as nanoGPT does."""
     for _ in range(tokens):
         logits = model(idx[:, -model.config.block_size:])[:, -1].float()
-        idx = torch.cat([idx, draw_token(logits, 0.8, top_k)], dim=1)
+        idx = torch.cat([idx, sample_token(logits, 0.8, top_k)], dim=1)
     return idx
 
 

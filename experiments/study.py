@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec
-from nanosophia.configurator import ConfigError, command, knob, load
+from nanosophia.configurator import ConfigError, command, load, option
 from nanosophia.files import write_text
 
 MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=96", "--block_size=128",
@@ -119,8 +119,8 @@ PLOTTED = {  # method: its label in the picture
 class StudySettings(RunSettings):
     """Settings of `python -m experiments.study`."""
 
-    bpe: str = knob("books", "folder of the text in GPT-2's tokens; - skips it", section="study")
-    bytes: str = knob("books-bytes", "folder of the text in bytes; - skips it")
+    bpe: str = option("books", "folder of the text in GPT-2's tokens; - skips it", section="study")
+    bytes: str = option("books-bytes", "folder of the text in bytes; - skips it")
 
     def check(self) -> None:
         super().check()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
 from nanosophia.baselines import Lion
-from nanosophia.configurator import Settings, command, knob, load
+from nanosophia.configurator import Settings, command, load, option
 from nanosophia.files import write_text
 from sophia import Sophia
 
@@ -33,9 +33,9 @@ PLAIN = dict(betas=(0.0, 0.0), weight_decay=0.0)
 class TheorySettings(Settings):
     """Settings of `python -m experiments.theory`."""
 
-    out_dir: str = knob("out/theory", "folder for theory.svg and theory.md")
-    decades: int = knob(6, "condition numbers go from 1 to ten to this power", low=1, high=8)
-    limit: int = knob(100_000, "the diagonal update stops after as many", unit="steps", low=10)
+    out_dir: str = option("out/theory", "folder for theory.svg and theory.md")
+    decades: int = option(6, "condition numbers go from 1 to ten to this power", low=1, high=8)
+    limit: int = option(100_000, "the diagonal update stops after as many", unit="steps", low=10)
 
 
 def sign_descent(condition: float) -> tuple[int, float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
 from nanosophia.baselines import Lion
-from nanosophia.configurator import Settings, command, knob, load
+from nanosophia.configurator import Settings, command, load, option
 from nanosophia.files import write_text
 from sophia import Sophia
 
@@ -33,8 +33,8 @@ PLAIN = dict(betas=(0.0, 0.0), weight_decay=0.0)
 class ToySettings(Settings):
     """Settings of `python -m experiments.toy`."""
 
-    out_dir: str = knob("out/toy", "folder for toy.svg and toy.md")
-    steps: int = knob(1000, "length of each method's path", unit="steps", low=1)
+    out_dir: str = option("out/toy", "folder for toy.svg and toy.md")
+    steps: int = option(1000, "length of each method's path", unit="steps", low=1)
 
 
 def loss(x: Tensor) -> Tensor:

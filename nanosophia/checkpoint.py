@@ -1,11 +1,11 @@
-"""Checkpoints: saved atomically by a thread, verified when they are loaded. No pickle.
+"""Saves checkpoints atomically in a thread and verifies them on loading; uses no pickle.
 
 A checkpoint is a folder `step_00001000` of safetensors files, state.json, and manifest.json (size
 and sha256 of each) written last. It is built under a temporary name, fsynced and renamed, so that a
 kill at any moment leaves the old ones or the new one. A run that holds whole parameters has rank 0
 write model.safetensors and optimizer.safetensors; one that splits them (FSDP2) has every rank write
 its shards through torch.distributed.checkpoint. Either loads into either, on any number of ranks.
-Knows neither the model's class nor the loop.
+Does not depend on the model's class or the loop.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ from nanosophia.distributed import (
     Ranks,
     host_copy,
     is_sharded,
+    new_gloo_group,
     on_main,
-    second_group,
     to_local,
     zeros_like_shards,
 )
@@ -73,7 +73,7 @@ class Checkpoint(NamedTuple):
             return load_file(self.folder / file)
         found = {name: torch.empty(m.size, dtype=m.properties.dtype)
                  for name, m in read_metadata(self.folder).items() if belongs(name)}
-        _read_shards(self.folder, found, alone=True)
+        _read_shards(self.folder, found, no_dist=True)
         return found
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -92,9 +92,11 @@ class Checkpoint(NamedTuple):
             state = {name: zeros_like_shards(params[int(name.partition(".")[0])], m.size,
                                              m.properties.dtype)
                      for name, m in read_metadata(self.folder).items() if name[0].isdigit()}
-            _read_shards(self.folder, tensors | state, alone=False)
+            _read_shards(self.folder, tensors | state, no_dist=False)
             restore_state(optimizer, state)
         except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             raise CheckpointError(f"{self.folder} is a checkpoint of another model: "
                                   f"{str(error).splitlines()[0]}") from error
 
@@ -107,10 +109,10 @@ class Saver:
 
     def __init__(self, out_dir: Path, ranks: Ranks, *, keep: int, keep_best: bool, sharded: bool):
         """Keeps the `keep` newest checkpoints and, with `keep_best`, the one whose
-        state["val_loss"] is lowest. `sharded`: each rank holds its part of the tensors."""
+        state["val_loss"] is lowest. With `sharded` each rank passes its part of the tensors."""
         self.out_dir, self.ranks, self.keep, self.keep_best = out_dir, ranks, keep, keep_best
         self.sharded = sharded and ranks.world_size > 1
-        self.group = second_group() if self.sharded else None  # of the writer threads
+        self.group = new_gloo_group() if self.sharded else None  # of the writer threads
         self.seconds_blocked = self.seconds_written = 0.0  # of the last save
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
@@ -293,8 +295,9 @@ def load_latest(out_dir: Path, *, quarantine: bool = False) -> Checkpoint | None
             renamed = f"renamed to {_set_aside(folder, '.corrupt').name}, " if quarantine else ""
             print(f"warning: {error}; {renamed}trying the one before", file=sys.stderr, flush=True)
     if folders or damaged:
-        raise CheckpointError(f"no checkpoint in {out_dir} is intact (see *.corrupt there); start "
-                              "again with another --out_dir")
+        names = ", ".join(folder.name for folder in [*folders, *damaged])
+        raise CheckpointError(f"no checkpoint in {out_dir} is intact ({names}); start again with "
+                              "another --out_dir")
     return None
 
 
@@ -355,14 +358,14 @@ def read_metadata(folder: Path) -> dict:
     return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
-def _read_shards(folder: Path, tensors: dict[str, Tensor], *, alone: bool) -> None:
-    """Reads tensors, whole or sharded, in place; `alone`: without the other ranks."""
+def _read_shards(folder: Path, tensors: dict[str, Tensor], *, no_dist: bool) -> None:
+    """Reads tensors, whole or sharded, in place; `no_dist`: without the other ranks."""
     import torch.distributed.checkpoint as dcp
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
-                     no_dist=alone)
+                     no_dist=no_dist)
         except dcp.api.CheckpointException as error:
             raise ValueError(str(next(iter(error.failures.values()))[0])) from error
 

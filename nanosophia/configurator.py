@@ -1,9 +1,9 @@
 """Settings of commands: documented options with legal ranges, read from config files and flags.
 
-A command's settings are a frozen dataclass whose fields are made by `knob`. `load` fills it from
+A command's settings are a frozen dataclass whose fields are made by `option`. `load` fills it from
 Python config files (assignments of literals and arithmetic, read with `ast`, never executed) and
 from `--key=value` flags, which win. Every mistake is a ConfigError before anything is allocated:
-it says what, which value, where it came from, and what to do. Knows nothing of torch.
+it says what, which value, where it came from, and what to do. Does not import torch.
 """
 
 import ast
@@ -48,7 +48,7 @@ class ConfigError(UserError):
         self.keys = keys
 
 
-def knob(default: Any, meaning: str, *, unit: str = "", low: float | None = None,
+def option(default: Any, meaning: str, *, unit: str = "", low: float | None = None,
          above: float | None = None, high: float | None = None, below: float | None = None,
          section: str = "") -> Any:
     """Returns a dataclass field with its documentation and legal range.

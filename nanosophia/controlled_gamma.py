@@ -1,8 +1,8 @@
-"""Sophia with what the paper does not have: a gamma per tensor or row that follows a target.
+"""Implements Sophia with a gamma per tensor or row that follows a target (beyond the paper).
 
 The paper tunes one gamma for all parameters until 10-50 % of the coordinates are unclipped. Here
 each parameter tensor, or each row of a matrix, has its own, set after every estimate so that a
-fraction of it is unclipped. What it brings is in results/controlled_gamma.md.
+fraction of it is unclipped. The effect is measured in results/controlled_gamma.md.
 """
 
 import math
@@ -14,16 +14,16 @@ from torch import Tensor
 from nanosophia.distributed import full_tensor
 from sophia import Sophia
 
-MEMORY = 0.8  # weight of the past gamma, in the logarithm
-SAMPLE_PER_ROW, SAMPLE_PER_TENSOR = 64, 4096  # coordinates looked at
+GAMMA_DECAY = 0.8  # of the moving average of log gamma
+SAMPLE_PER_ROW, SAMPLE_PER_TENSOR = 64, 4096  # coordinates in the quantile's sample
 
 
 class ControlledSophia(Sophia):
     """Sophia with a controlled gamma or a bias-corrected h.
 
     Args, each also of a param group, beside those of Sophia:
-        gamma_target: above 0, the fraction of each parameter tensor that its own gamma, in place of
-            `gamma`, keeps unclipped (`control_gamma`).
+        gamma_target: above 0, the fraction of each tensor's coordinates with positive h that its
+            own gamma, in place of `gamma`, keeps unclipped (`control_gamma`).
         gamma_rows: with gamma_target, one gamma per row of a matrix instead of one per tensor.
         bias_correction: divide h by 1 - beta2^(number of estimates).
 
@@ -33,9 +33,9 @@ class ControlledSophia(Sophia):
     _new_estimate = False  # since the last step
 
     def __init__(self, params, *args, gamma_target: float = 0.0, gamma_rows: bool = False,
-                 bias_correction: bool = False, **more):
+                 bias_correction: bool = False, **kwargs):
         super().__init__(params, *args, gamma_target=gamma_target, gamma_rows=gamma_rows,
-                         bias_correction=bias_correction, **more)
+                         bias_correction=bias_correction, **kwargs)
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group as torch's optimizers do; raises ValueError on values out of range."""
@@ -108,7 +108,7 @@ def control_gamma(old: Tensor | None, g: Tensor, m: Tensor, h: Tensor, *, beta1:
     new = ratio.sort(dim=1).values.gather(1, rank).view(shape)
     if old is None or old.shape != new.shape:  # the first, or of another granularity
         old = torch.zeros_like(new)
-    smooth = torch.exp(MEMORY * old.log() + (1 - MEMORY) * new.log())
+    smooth = torch.exp(GAMMA_DECAY * old.log() + (1 - GAMMA_DECAY) * new.log())
     usable = torch.isfinite(new) & (new > 0)
     return torch.where(usable, torch.where(old > 0, smooth, new), old)
 

@@ -25,22 +25,22 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from nanosophia.configurator import Settings, knob
+from nanosophia.configurator import Settings, option
 from nanosophia.documents import CorpusError, Documents
 from nanosophia.files import write_text
 from nanosophia.tokenizer import (
     EOT,
     FILE_NAME,
     FileEncoding,
-    beside,
     fingerprint,
     get_tokenizer,
+    resolve_tokenizer,
 )
 
 META_FORMAT = 1
 SPLITS = ("train", "val")
 BATCH_CHARACTERS = 1 << 19  # text handed to a worker at a time
-SAVE_TOKENS = 1 << 22  # between two savings of the progress
+SAVE_TOKENS = 1 << 22  # tokens between two writes of progress.json
 PROGRESS = "progress.json"
 
 
@@ -48,10 +48,10 @@ PROGRESS = "progress.json"
 class PrepareSettings(Settings):
     """The options of every prepare script. `out_dir` defaults to the script's own folder."""
 
-    out_dir: str = knob("", "folder for train.bin, val.bin, meta.json; empty = beside the script")
-    num_proc: int = knob(1, "tokenising processes", low=1)
-    verify: bool = knob(False, "check sizes, ids and checksums of the prepared folder instead, and "
-                               "show a few documents")
+    out_dir: str = option("", "folder for train.bin, val.bin, meta.json; empty = beside the script")
+    num_proc: int = option(1, "tokenising processes", low=1)
+    verify: bool = option(False, "check sizes, ids and checksums of the prepared folder instead, "
+                                 "and show a few documents")
 
 
 def prepare(settings: PrepareSettings, here: Path, documents: Callable[[], Documents],
@@ -210,7 +210,8 @@ def _encoded(documents: Iterator[tuple[str, str]], tokenizer: str,
         for split, texts, ended in batches:
             yield split, sum(ended), ended[-1], _encode(tokenizer, texts, ended)
         return
-    with ProcessPoolExecutor(num_proc, initializer=_die_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(num_proc, initializer=_exit_with_parent,
+                             initargs=(os.getpid(),)) as pool:
         pending = deque()
         try:
             for split, texts, ended in batches:
@@ -229,7 +230,7 @@ def _encoded(documents: Iterator[tuple[str, str]], tokenizer: str,
             pool.shutdown(cancel_futures=True)
 
 
-def _die_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     """Ends this worker soon after its parent was killed, instead of waiting for work forever.
 
     Ctrl-C is handled by the parent.
@@ -318,7 +319,7 @@ def verify(folder: Path, shown: int = 2) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorpusError(f"{folder / 'meta.json'} is missing or damaged ({error!r}); prepare the "
                           "folder again") from None
-    encoding = get_tokenizer(beside(folder, meta["tokenizer"]))
+    encoding = get_tokenizer(resolve_tokenizer(folder, meta["tokenizer"]))
     lines = []
     for recorded in splits.values():
         path = folder / recorded["file"]

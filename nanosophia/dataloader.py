@@ -2,7 +2,8 @@
 
 Row r of step t is sample t * total_batch_size + r of an endless sequence of epochs, each a
 permutation of the corpus's non-overlapping windows. The step is therefore the only loader state:
-any number of ranks sees the same rows, and a resumed run continues exactly. Knows no model.
+any number of ranks sees the same rows, and a resumed run continues exactly. Does not depend on
+a model.
 """
 
 import hashlib

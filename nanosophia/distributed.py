@@ -1,8 +1,8 @@
-"""Ranks: who they are, models wrapped for several of them, reductions, stop signals.
+"""Starts ranks, wraps models in DDP or FSDP2, reduces tensors, and shares stop signals.
 
 Ranks come from torchrun's environment; without it there is one. The engines are torch's own
-DistributedDataParallel and fully_shard (FSDP2), over nccl on CUDA and gloo elsewhere. Knows no
-loss, data or config file.
+DistributedDataParallel and fully_shard (FSDP2), over nccl on CUDA and gloo elsewhere. Depends on
+no loss, data or config file.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, total: int) -> tuple[int, int]:
-        """Returns first and last + 1 of this rank's contiguous share of `total` rows."""
+        """Returns start and stop of this rank's contiguous share of `total` rows."""
         return total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size
 
 
@@ -126,7 +126,7 @@ def stop_ranks() -> None:
 
 def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
          blocks: Sequence[nn.Module] = (), low_precision: bool = False) -> nn.Module:
-    """Returns the model whose backward averages gradients over ranks; of one rank itself.
+    """Returns the model whose backward averages gradients over ranks; of one rank the model.
 
     `sharded` splits parameters, gradients and with them the optimizer's state over the ranks
     (FSDP2), in place: each of `blocks` is gathered when it runs, in bfloat16 with `low_precision`,
@@ -231,8 +231,8 @@ def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception]
     return value
 
 
-def second_group():
-    """Returns another process group of all ranks, over gloo, for a thread of its own."""
+def new_gloo_group():
+    """Returns a new gloo process group of all ranks, for another thread to communicate in."""
     return dist.new_group(backend="gloo")
 
 
@@ -275,7 +275,7 @@ class StopSignals:
 
     def __init__(self, ranks: Ranks):
         self._signal, self._since = 0, 0.0
-        self._group = second_group() if ranks.world_size > 1 else None
+        self._group = new_gloo_group() if ranks.world_size > 1 else None
         self._buffer, self._pending = torch.zeros(1, dtype=torch.int32), None
 
     def __enter__(self) -> "StopSignals":

@@ -1,4 +1,4 @@
-"""Curvature estimates of the trainer, on the rows and labels that are the same for any ranks.
+"""Estimates curvature in training, on rows and labels that do not depend on the number of ranks.
 
 The estimators are those of sophia.py. Here they run on the model's own fused loss, micro-batch by
 micro-batch, with labels drawn by a faster two-level search.
@@ -38,7 +38,7 @@ def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
                   all_reduce: AllReduce = None,
                   sharded_gradient: ShardedGradient = None) -> Estimator:
     """Returns the Gauss-Newton-Bartlett estimator (Algorithm 2)."""
-    sample_labels_fn = partial(draw_labels, num_classes=num_classes)
+    sample_labels_fn = partial(sample_labels_two_level, num_classes=num_classes)
 
     def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -136,31 +136,34 @@ def chunked_squares(chunks: Iterable[Losses], params: Sequence[Tensor], *, one_s
 
 
 @torch.no_grad()
-def draw_labels(weights: Tensor, uniforms: Tensor, num_classes: int | None = None) -> Tensor:
-    """Draws class ids (n,) with probabilities in the ratio of `weights` (n, V), at least 0.
+def sample_labels_two_level(probabilities: Tensor, uniforms: Tensor,
+                            num_classes: int | None = None) -> Tensor:
+    """Samples class ids (n,) in proportion to `probabilities` (n, V), which need not sum to 1.
 
     By the inverse of the cumulative distribution at `uniforms` (n,) in [0, 1): first the block of
     classes, then the class in it, which costs less than one long cumulative sum. Only the first
     `num_classes` classes can be drawn. Negative uniforms draw nothing and give -100.
     """
-    K = num_classes or weights.size(1)
+    K = num_classes or probabilities.size(1)
     blocks = K // BLOCK
-    sums = weights[:, :blocks * BLOCK].unflatten(1, (blocks, BLOCK)).sum(-1)  # (n, blocks)
+    sums = probabilities[:, :blocks * BLOCK].unflatten(1, (blocks, BLOCK)).sum(-1)  # (n, blocks)
     if K % BLOCK:
-        sums = torch.cat([sums, weights[:, blocks * BLOCK:K].sum(1, keepdim=True)], dim=1)
+        sums = torch.cat([sums, probabilities[:, blocks * BLOCK:K].sum(1, keepdim=True)], dim=1)
     cdf = sums.cumsum(1)
     block, before = _first_above(cdf, uniforms.to(cdf.dtype).unsqueeze(1) * cdf[:, -1:])
-    classes = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # (n, BLOCK)
-    inside = weights.gather(1, classes.clamp_max(K - 1)).masked_fill_(classes >= K, 0).cumsum(1)
+    classes = block * BLOCK + torch.arange(BLOCK, device=probabilities.device)  # (n, BLOCK)
+    inside = probabilities.gather(1, classes.clamp_max(K - 1))
+    inside = inside.masked_fill_(classes >= K, 0).cumsum(1)
     within, _ = _first_above(inside, uniforms.unsqueeze(1) * cdf[:, -1:] - before)
-    labels = (block * BLOCK + within).squeeze(1).clamp_max_(K - 1)  # where not finite
+    # K where probabilities are not finite; the guard skips such an estimate.
+    labels = (block * BLOCK + within).squeeze(1).clamp_max_(K - 1)
     return torch.where(uniforms < 0, -100, labels)
 
 
 def _first_above(cdf: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """Returns where each row (n, K) first exceeds the threshold, (n, 1), and the value before it.
 
-    Whatever the rounding the place is a possible one; of a row that is not finite it is up to K.
+    Whatever the rounding the index is below K; in a row that is not finite it may be K.
     """
     below_all = cdf[:, -1:] * (1 - torch.finfo(cdf.dtype).eps)
     threshold = threshold.to(cdf.dtype).clamp_min(0).minimum(below_all)

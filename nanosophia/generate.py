@@ -1,4 +1,4 @@
-"""Generation of token ids: key-value caches, drawing, streaming."""
+"""Generates token ids: sampling, streaming, key-value caches."""
 
 from collections.abc import Iterator
 
@@ -33,7 +33,7 @@ def stream(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float =
     """Yields sampled ids (B, 1) that continue ids (B, T), one position after the other.
 
     Only the first `num_classes` ids are drawn (the rest of the vocabulary is padding); the other
-    settings are `draw_token`'s. Ends when every row has had `stop_token`; rows that had it earlier
+    settings are `sample_token`'s. Ends when every row has had `stop_token`; rows that had it before
     repeat it. Keys and values are cached until the context exceeds block_size; from then on it
     slides by one token, and each step is a full pass.
     """
@@ -48,7 +48,7 @@ def stream(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float =
                           for _ in model.transformer.h]
                 new = idx[:, -size:]
             logits = model(new, caches=caches)[:, -1, :num_classes].float()
-            new = draw_token(logits, temperature, top_k, top_p=top_p, seen=idx,
+            new = sample_token(logits, temperature, top_k, top_p=top_p, seen=idx,
                              repetition_penalty=repetition_penalty, generator=generator)
             if stop_token is not None:
                 new = new.masked_fill(ended, stop_token)
@@ -66,10 +66,10 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, **settings) -> Tensor
     return torch.cat([idx, *stream(model, idx, max_new_tokens, **settings)], dim=1)
 
 
-def draw_token(logits: Tensor, temperature: float, top_k: int | None = None, *, top_p: float = 1.0,
-               seen: Tensor | None = None, repetition_penalty: float = 1.0,
-               generator: torch.Generator | None = None) -> Tensor:
-    """Draws one id per row, (B, 1), from logits (B, V) at a temperature; 0 takes the most likely.
+def sample_token(logits: Tensor, temperature: float, top_k: int | None = None, *,
+                 top_p: float = 1.0, seen: Tensor | None = None, repetition_penalty: float = 1.0,
+                 generator: torch.Generator | None = None) -> Tensor:
+    """Samples one id per row, (B, 1), from logits (B, V) at a temperature; 0 takes the most likely.
 
     Only the `top_k` most likely ids can be drawn, and of these only the most likely ones that
     together reach probability `top_p` (Holtzman et al., arXiv:1904.09751). Ids in `seen` (B, T)

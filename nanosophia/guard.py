@@ -30,7 +30,8 @@ class Guard:
     def __init__(self, limit: int, ranks: Ranks):
         self.limit, self.ranks = limit, ranks
         self.in_a_row = torch.zeros(2, dtype=torch.int64, device=ranks.device)
-        # skipped so far; of the end: whether, step, kind, on how many ranks, their sum
+        # Steps and estimates skipped; then of the end: whether it has come, step, index in KINDS,
+        # number of bad ranks, sum of their numbers.
         self.report = torch.zeros(6, dtype=torch.int64, device=ranks.device)
 
     def check_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:

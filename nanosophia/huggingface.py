@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanosophia.checkpoint import CheckpointError, checkpoint_folders, run_state, save
-from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.configurator import ConfigError, Settings, command, load, option
 from nanosophia.files import write_text
 from nanosophia.options import Config
-from nanosophia.tokenizer import EOT, byte_letters, get_tokenizer
+from nanosophia.tokenizer import EOT, bytes_to_unicode, get_tokenizer
 from nanosophia.weights import (
     Weights,
     check_exportable,
@@ -38,12 +38,12 @@ from nanosophia.weights import (
 class HuggingFaceSettings(Settings):
     """The settings of this command."""
 
-    out_dir: str = knob("out", "folder of the run that is exported, or made by an import")
-    export: str = knob("", "folder to write")
-    checkpoint: Literal["newest", "best"] = knob("newest", "which of the run's checkpoints")
-    licence: str = knob("other", "licence that the model card states")
-    import_from: str = knob("", "GPT-2 folder of transformers, name on its hub, or nanoGPT's "
-                                "ckpt.pt")
+    out_dir: str = option("out", "folder of the run that is exported, or made by an import")
+    export: str = option("", "folder to write")
+    checkpoint: Literal["newest", "best"] = option("newest", "which of the run's checkpoints")
+    licence: str = option("other", "licence that the model card states")
+    import_from: str = option("", "GPT-2 folder of transformers, name on its hub, or nanoGPT's "
+                                  "ckpt.pt")
 
     def check(self) -> None:
         if bool(self.export) == bool(self.import_from):
@@ -99,7 +99,7 @@ def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None
 def _as_tokenizers(encoding, *, byte_pairs: bool):
     """Returns a tiktoken encoding of GPT-2's kind as a Tokenizer of the `tokenizers` library."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    letters = byte_letters()
+    letters = bytes_to_unicode()
     spelled = {"".join(letters[b] for b in token): rank
                for token, rank in encoding._mergeable_ranks.items()}
     merges = [_halves(encoding._mergeable_ranks, token, letters)

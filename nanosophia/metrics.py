@@ -51,7 +51,7 @@ class Clock:
 
 
 def measure(run, step: int, lr: float, loss: Tensor, grad_norm: Tensor, clock: Clock) -> dict:
-    """Returns the numbers of a logging step of train.py's `run`: the loop's one host sync."""
+    """Returns the metrics of a logging step of train.py's `run`, read in one host sync."""
     world_size, device = run.ranks.world_size, run.ranks.device
     if world_size > 1:
         sum_over_ranks([loss])
@@ -158,17 +158,17 @@ class Recorder:
 class Health:
     """Warns when a second-order run leaves its healthy range, once per kind of warning."""
 
-    PATIENCE = 20  # records in a row, after warm-up, that make "for long"
+    PATIENCE = 20  # consecutive records outside 10-50 %, after warm-up, before the warning
 
     def __init__(self, warmup_iters: int, hessian_interval: int, *, fixed_gamma: bool):
         """`fixed_gamma`: gamma is a setting, and not controlled towards a target of its own."""
         self.warmup_iters, self.hessian_interval = warmup_iters, hessian_interval
         self.fixed_gamma = fixed_gamma
         self.warned, self.outside = set(), 0
-        self.norm, self.since = None, 0  # of h, and the step from which on it has had it
+        self.norm, self.since = None, 0  # of the last record's h, and the first step that had it
 
     def warnings(self, record: dict) -> list[str]:
-        """Returns the warnings that this record, with Sophia.statistics' keys, gives reason for."""
+        """Returns the new warnings for this record, whose keys are those of Sophia.statistics."""
         found = {}
         if "hessian_norm" in record:
             if not math.isfinite(record["hessian_norm"]):

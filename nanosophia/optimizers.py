@@ -34,15 +34,15 @@ from nanosophia.update_rules import compiled_update, sliced_update
 from sophia import AllReduce, Sophia
 
 
-class Training(NamedTuple):
-    """What the loop is handed."""
+class OptimizerAndEstimator(NamedTuple):
+    """Holds an optimizer and the estimator that feeds it curvature."""
 
     optimizer: torch.optim.Optimizer
     estimator: Estimator | None  # None: the optimizer takes no curvature
 
 
 def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: AllReduce = None,
-          sharded_gradient: ShardedGradient = None) -> Training:
+          sharded_gradient: ShardedGradient = None) -> OptimizerAndEstimator:
     """Builds the optimizer that `config.optimizer` names, on the model's parameters.
 
     Its estimator draws labels among `num_classes` classes. `all_reduce` sums tensors over ranks in
@@ -51,9 +51,10 @@ def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: All
     entry = OPTIMIZERS[config.optimizer]
     optimizer = entry.build(config, parameter_groups(model, config))
     if entry.estimator is None:
-        return Training(optimizer, None)
-    return Training(optimizer, entry.estimator(config, optimizer.parameters(), num_classes,
-                                               all_reduce, sharded_gradient))
+        return OptimizerAndEstimator(optimizer, None)
+    estimator = entry.estimator(config, optimizer.parameters(), num_classes, all_reduce,
+                                sharded_gradient)
+    return OptimizerAndEstimator(optimizer, estimator)
 
 
 def check(config: Config, world_size: int) -> None:
@@ -73,9 +74,9 @@ def check(config: Config, world_size: int) -> None:
     if config.gamma_rows != "none" and not config.gamma_target:
         raise ConfigError(f"gamma_rows = {config.gamma_rows} has no effect without gamma_target; "
                           "set both or none", "gamma_rows")
-    if config.parallel == "fsdp" and entry.unsharded:
+    if config.parallel == "fsdp" and entry.fsdp_refusal:
         raise ConfigError(f"parallel = fsdp cannot serve optimizer = {config.optimizer}: "
-                          f"{entry.unsharded}; use --parallel=ddp", "parallel", "optimizer")
+                          f"{entry.fsdp_refusal}; use --parallel=ddp", "parallel", "optimizer")
     if entry.estimator is None:
         return
     rows, chunks = config.hessian_batch_size, config.hessian_chunks
@@ -107,7 +108,7 @@ def with_own_defaults(config: Config, sources: dict[str, str]) -> Config:
     return replace(config, **{key: value for key, value in own.items() if key not in sources})
 
 
-def advice(config: Config) -> list[str]:
+def settings_warnings(config: Config) -> list[str]:
     """Returns warnings for settings that are valid but harmful."""
     if config.warmup_iters >= config.max_iters:
         return [f"warmup_iters = {config.warmup_iters} is not shorter than max_iters = "
@@ -187,7 +188,7 @@ def _sophia(cls: type[Sophia]) -> Callable[[Config, list[dict]], torch.optim.Opt
     return make
 
 
-class Entry(NamedTuple):
+class OptimizerSpec(NamedTuple):
     """How an optimizer is built, the estimator that feeds it (None: it takes no curvature), and
     its own values of settings whose defaults are Sophia-G's."""
 
@@ -196,29 +197,29 @@ class Entry(NamedTuple):
                         Estimator] | None = None
     defaults: dict[str, float] = {}  # noqa: RUF012 (never written)
     is_sophia: bool = False  # knows gamma_target, bias correction and compilation
-    unsharded: str = ""  # why its parameters cannot be split over ranks
+    fsdp_refusal: str = ""  # why parallel = fsdp is refused; "" allows it
 
 
 _SECOND_DERIVATIVES = "Hutchinson's estimate differentiates twice, which FSDP2 does not"
 _ADAMW = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 _HUTCHINSON = dict(gamma=0.01, hessian_batch_size=32)
 
-OPTIMIZERS: dict[str, Entry] = {
-    "adamw": Entry(_adamw, None, _ADAMW),
-    "lion": Entry(_lion, None, dict(beta1=0.95, beta2=0.98)),
-    "muon": Entry(_muon, None, _ADAMW, unsharded="it orthogonalises whole matrices"),
-    "adahessian": Entry(_adahessian, hutchinson_estimator,
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": OptimizerSpec(_adamw, None, _ADAMW),
+    "lion": OptimizerSpec(_lion, None, dict(beta1=0.95, beta2=0.98)),
+    "muon": OptimizerSpec(_muon, None, _ADAMW, fsdp_refusal="it orthogonalises whole matrices"),
+    "adahessian": OptimizerSpec(_adahessian, hutchinson_estimator,
                         dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32),
-                        unsharded=_SECOND_DERIVATIVES),
-    "sophiag": Entry(_sophia(Sophia), gnb_estimator, is_sophia=True),
-    "sophiah": Entry(_sophia(Sophia), hutchinson_estimator, _HUTCHINSON, is_sophia=True,
-                     unsharded=_SECOND_DERIVATIVES),
+                        fsdp_refusal=_SECOND_DERIVATIVES),
+    "sophiag": OptimizerSpec(_sophia(Sophia), gnb_estimator, is_sophia=True),
+    "sophiah": OptimizerSpec(_sophia(Sophia), hutchinson_estimator, _HUTCHINSON, is_sophia=True,
+                     fsdp_refusal=_SECOND_DERIVATIVES),
     # Fig. 7 of the paper
-    "clip": Entry(_sophia(Sophia)),  # without an estimate h stays 0: sign momentum
-    "normalize": Entry(_normalize),
-    "ef_clip": Entry(_sophia(Sophia), empirical_fisher_estimator, is_sophia=True),
-    "ah_clip": Entry(_sophia(AdaHessianClip), hutchinson_estimator, _HUTCHINSON,
-                     unsharded=_SECOND_DERIVATIVES),
-    "gnb_unclipped": Entry(_sophia(SophiaUnclipped), gnb_estimator,
+    "clip": OptimizerSpec(_sophia(Sophia)),  # without an estimate h stays 0: sign momentum
+    "normalize": OptimizerSpec(_normalize),
+    "ef_clip": OptimizerSpec(_sophia(Sophia), empirical_fisher_estimator, is_sophia=True),
+    "ah_clip": OptimizerSpec(_sophia(AdaHessianClip), hutchinson_estimator, _HUTCHINSON,
+                     fsdp_refusal=_SECOND_DERIVATIVES),
+    "gnb_unclipped": OptimizerSpec(_sophia(SophiaUnclipped), gnb_estimator,
                            dict(gamma=1.0, eps=1e-2, hessian_interval=2)),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from model import GPTConfig
-from nanosophia.configurator import ConfigError, Settings, knob
+from nanosophia.configurator import ConfigError, Settings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,104 +18,106 @@ class Config(Settings, GPTConfig):
     Names are nanoGPT's, values GPT-2's and the Sophia paper's.
     """
 
-    vocab_size: int = knob(0, "rows of the embedding; 0 = the data's vocabulary rounded up to a "
-                              "multiple of 64 (GPT-2: 50304)", low=0)
+    vocab_size: int = option(0, "rows of the embedding; 0 = the data's vocabulary rounded up to a "
+                                "multiple of 64 (GPT-2: 50304)", low=0)
 
-    out_dir: str = knob("out", "folder for checkpoints and metrics.jsonl; with a config file by "
-                               "default out/NAME, after the file's name", section="run")
-    init_from: str = knob(
+    out_dir: str = option("out", "folder for checkpoints and metrics.jsonl; with a config file by "
+                                 "default out/NAME, after the file's name", section="run")
+    init_from: str = option(
         "scratch", "scratch: start anew; resume: continue the newest checkpoint of out_dir; auto: "
                    "resume if there is one, else start anew; or weights that a new run starts "
                    "from: a ckpt.pt of nanoGPT or the authors, a GPT-2 folder of transformers or "
                    "a name on its hub")
-    seed: int = knob(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
-                     high=2**63 - 1)
-    eval_interval: int = knob(1000, "between evaluations (the last step is always one)",
-                              unit="steps", low=1)
-    eval_windows: int = knob(2000, "validation windows evaluated, evenly spaced; 0 = every one",
-                             unit="windows of block_size", low=0)
-    eval_only: bool = knob(False, "measure the newest checkpoint (or init_from's weights) on the "
-                                  "whole validation split, without training")
-    log_interval: int = knob(10, "between records (and host syncs)", unit="steps", low=1)
-    checkpoint_interval: int = knob(1000, "between checkpoints (the last step always saves)",
-                                    unit="steps", low=1)
-    keep_checkpoints: int = knob(2, "newest checkpoints kept", low=2)
-    keep_best: bool = knob(True, "also keep the checkpoint with the lowest val/loss of those that "
-                                 "were saved on an evaluation's step")
-    on_nonfinite: Literal["stop", "skip"] = knob(
+    seed: int = option(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
+                       high=2**63 - 1)
+    eval_interval: int = option(1000, "between evaluations (the last step is always one)",
+                                unit="steps", low=1)
+    eval_windows: int = option(2000, "validation windows evaluated, evenly spaced; 0 = every one",
+                               unit="windows of block_size", low=0)
+    eval_only: bool = option(False, "measure the newest checkpoint (or init_from's weights) on the "
+                                    "whole validation split, without training")
+    log_interval: int = option(10, "between records (and host syncs)", unit="steps", low=1)
+    checkpoint_interval: int = option(1000, "between checkpoints (the last step always saves)",
+                                      unit="steps", low=1)
+    keep_checkpoints: int = option(2, "newest checkpoints kept", low=2)
+    keep_best: bool = option(
+        True, "also keep the checkpoint with the lowest val/loss of those that were saved on an "
+              "evaluation's step")
+    on_nonfinite: Literal["stop", "skip"] = option(
         "stop", "when a loss, gradient or estimate is not finite, nothing is updated; then stop "
                 "the run, or skip that step")
-    max_skipped: int = knob(10, "with on_nonfinite=skip: most in a row before the run ends",
-                            unit="steps", low=1)
-    sample_tokens: int = knob(0, "length of the text sampled when training ends; 0 = none",
-                              unit="tokens", low=0)
-    wandb_log: bool = knob(False, "also record to Weights & Biases")
-    wandb_project: str = knob("nanosophia", "its project")
-    wandb_run_name: str = knob("", "its run name; empty = the name of out_dir")
+    max_skipped: int = option(10, "with on_nonfinite=skip: most in a row before the run ends",
+                              unit="steps", low=1)
+    sample_tokens: int = option(0, "length of the text sampled when training ends; 0 = none",
+                                unit="tokens", low=0)
+    wandb_log: bool = option(False, "also record to Weights & Biases")
+    wandb_project: str = option("nanosophia", "its project")
+    wandb_run_name: str = option("", "its run name; empty = the name of out_dir")
 
-    dataset: str = knob("openwebtext", "folder under data/, or a path, with train.bin and val.bin",
-                        section="data")
-    sampling: Literal["epochs", "random"] = knob(
+    dataset: str = option(
+        "openwebtext", "folder under data/, or a path, with train.bin and val.bin", section="data")
+    sampling: Literal["epochs", "random"] = option(
         "epochs", "every window once before any again, or nanoGPT's random places")
-    batch_size: int = knob(15, "sequences per micro-batch and rank", low=1)
-    total_batch_size: int = knob(480, "sequences per step over all ranks and micro-batches", low=1)
+    batch_size: int = option(15, "sequences per micro-batch and rank", low=1)
+    total_batch_size: int = option(
+        480, "sequences per step over all ranks and micro-batches", low=1)
 
-
-    optimizer: str = knob(
+    optimizer: str = option(
         "sophiag", "adamw, lion, muon, adahessian, sophiag, sophiah; of the paper's Fig. 7 clip, "
                    "normalize, ef_clip, ah_clip, gnb_unclipped", section="optimizer")
-    learning_rate: float = knob(6e-4, "peak learning rate", above=0)
-    beta1: float = knob(0.96, "decay of the gradient's moving average", low=0, below=1)
-    beta2: float = knob(0.99, "decay of the curvature's (AdamW: of the squared gradient's)",
-                        low=0, below=1)
-    eps: float = knob(1e-12, "Sophia: floor of gamma*h; AdamW: added to the root", above=0)
-    muon_momentum: float = knob(0.95, "Muon: decay of the momentum of hidden matrices", low=0,
-                                below=1)
-    gamma: float = knob(0.05, "Sophia: a coordinate is unclipped where |m| < gamma*h", above=0)
-    hessian_bias_correction: bool = knob(
+    learning_rate: float = option(6e-4, "peak learning rate", above=0)
+    beta1: float = option(0.96, "decay of the gradient's moving average", low=0, below=1)
+    beta2: float = option(0.99, "decay of the curvature's (AdamW: of the squared gradient's)",
+                          low=0, below=1)
+    eps: float = option(1e-12, "Sophia: floor of gamma*h; AdamW: added to the root", above=0)
+    muon_momentum: float = option(0.95, "Muon: decay of the momentum of hidden matrices", low=0,
+                                  below=1)
+    gamma: float = option(0.05, "Sophia: a coordinate is unclipped where |m| < gamma*h", above=0)
+    hessian_bias_correction: bool = option(
         False, "beyond the paper: divide h by 1 - beta2^(number of estimates)")
-    gamma_target: float = knob(
+    gamma_target: float = option(
         0.0, "beyond the paper: fraction of coordinates that each tensor's own, controlled gamma "
              "keeps unclipped; 0 = the fixed gamma", low=0, below=1)
-    gamma_rows: Literal["none", "embedding", "matrices"] = knob(
+    gamma_rows: Literal["none", "embedding", "matrices"] = option(
         "none", "with gamma_target, which parameters have one gamma per row instead of per tensor")
-    weight_decay: float = knob(0.2, "decoupled decay of matrices", low=0)
-    grad_clip: float = knob(1.0, "global gradient norm limit; 0 = none", low=0)
-    hessian_interval: int = knob(10, "k: between curvature estimates", unit="steps", low=1)
-    hessian_batch_size: int = knob(240, "first sequences of the batch that the estimate uses",
-                                   low=1)
-    hessian_chunks: int = knob(
+    weight_decay: float = option(
+        0.2, "decoupled decay of matrices and embeddings; biases and norms do not decay", low=0)
+    grad_clip: float = option(1.0, "global gradient norm limit; 0 = none", low=0)
+    hessian_interval: int = option(10, "k: between curvature estimates", unit="steps", low=1)
+    hessian_batch_size: int = option(240, "first sequences of the batch that the estimate uses",
+                                     low=1)
+    hessian_chunks: int = option(
         1, "parts of these squared separately and averaged; 1 (the paper) or a multiple of the "
            "number of ranks", low=1)
 
-    max_iters: int = knob(100_000, "length of the run and of the cosine", unit="steps", low=1,
-                          section="schedule")
-    warmup_iters: int = knob(2000, "linear warm-up", unit="steps", low=0)
-    min_lr_ratio: float = knob(0.05, "final learning rate over the peak", low=0, high=1)
+    max_iters: int = option(100_000, "length of the run and of the cosine", unit="steps", low=1,
+                            section="schedule")
+    warmup_iters: int = option(2000, "linear warm-up", unit="steps", low=0)
+    min_lr_ratio: float = option(0.05, "final learning rate over the peak", low=0, high=1)
 
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
         "auto", "auto = bfloat16 autocast on CUDA, float32 elsewhere; float64 = everything, for "
                 "exactness checks")
-    parallel: Literal["ddp", "fsdp"] = knob(
+    parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "with several ranks: each holds the whole model, or a share of it (FSDP2; for "
                "models that one device cannot hold)")
-    activation_checkpointing: bool = knob(
+    activation_checkpointing: bool = option(
         False, "recompute each block in the backward pass: less memory, about a third more compute")
-    loss_chunk: int = knob(
+    loss_chunk: int = option(
         0, "compute the loss's logits this many positions at a time, to save memory; 0 = all at "
            "once, or on a CPU without compile 24 MB of them",
         unit="tokens", low=0)
-    compile: Literal["auto", "on", "off"] = knob(
+    compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile the model; auto = on CUDA only")
-    compile_optimizer: Literal["auto", "on", "off"] = knob(
+    compile_optimizer: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile Sophia's update; auto = on CUDA only")
 
-    print_config: bool = knob(False, "print every setting with its source and exit",
-                              section="without training")
-    dry_run: bool = knob(False, "print memory and time estimates for 1 to 256 GPUs and exit")
-    dry_run_gpu: Literal["A100", "H100", "H200"] = knob("H100", "GPU whose peak the days assume")
-    dry_run_mfu: float = knob(0.4, "fraction of that peak that training reaches", above=0, high=1)
+    print_config: bool = option(False, "print every setting with its source and exit",
+                                section="without training")
+    dry_run: bool = option(False, "print memory and time estimates for 1 to 256 GPUs and exit")
+    dry_run_gpu: Literal["A100", "H100", "H200"] = option("H100", "GPU whose peak the days assume")
+    dry_run_mfu: float = option(0.4, "fraction of that peak that training reaches", above=0, high=1)
 
     @property
     def model(self) -> GPTConfig:

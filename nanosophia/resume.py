@@ -1,7 +1,7 @@
-"""Resolves what a run is: flags, config files, a checkpoint or weights, and data agree, or refuse.
+"""Resolves flags, config files, a checkpoint or weights, and data into the start of a run.
 
-The order of precedence, later ones winning: an option's default, the optimizer's own default, a
-config file, a flag; and on resuming the checkpoint, for what was not given.
+Precedence, lowest first: an option's default, the optimizer's own default, on resuming the
+checkpoint, a config file, a flag. Raises an error where they disagree.
 """
 
 import json
@@ -25,8 +25,8 @@ RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer"}
 LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation_checkpointing",
               "loss_chunk", "compile", "compile_optimizer", "eval_only", "print_config", "dry_run",
               "dry_run_gpu", "dry_run_mfu"}
-# Of a model's settings those that its weights do not show, so that a user may choose others.
-FREE_KEYS = {"activation", "dropout"}
+# Model settings that a user may override when starting from foreign weights.
+OVERRIDABLE_KEYS = {"activation", "dropout"}
 TOKENIZER_PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14 # 日本語 don't\t\t12345"
 # The settings of an optimizer that its config file gives, as Table 2 of the paper does.
 OPTIMIZER_KEYS = {"learning_rate", "beta1", "beta2", "eps", "muon_momentum", "gamma",
@@ -37,13 +37,13 @@ USAGE = "train.py [config/FILE.py] [--key=value]"
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with."""
+    """Holds what a run begins with."""
 
-    config: Config  # nothing in it is "auto" or to be derived any more
+    config: Config  # fully resolved: no "auto", no 0 that means derived
     data: Dataset
-    weights: Weights | None  # made elsewhere, to begin from
-    checkpoint: Checkpoint | None  # to continue
-    notes: list[str]  # what the user should know
+    weights: Weights | None  # foreign weights to initialise from
+    checkpoint: Checkpoint | None  # checkpoint to resume
+    notes: list[str]  # notes to print
 
 
 def load_config(argv: list[str]) -> tuple[Config, dict[str, str]]:
@@ -204,10 +204,10 @@ def adopt_weight_shape(config: Config, sources: dict[str, str], shape: dict) -> 
     for key, value in shape.items():
         given = getattr(config, key)
         is_shorter = key == "block_size" and given < value
-        if key in sources and given != value and key not in FREE_KEYS and not is_shorter:
+        if key in sources and given != value and key not in OVERRIDABLE_KEYS and not is_shorter:
             raise with_sources(ConfigError(f"{config.init_from} has {key} = {value}, not {given}; "
                                            "leave it out", key), sources)
-    given_keys = (FREE_KEYS | {"block_size"}) & sources.keys()
+    given_keys = (OVERRIDABLE_KEYS | {"block_size"}) & sources.keys()
     return replace(config, **{k: v for k, v in shape.items() if k not in given_keys})
 
 

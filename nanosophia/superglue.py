@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from model import GPT
 from nanosophia.checkpoint import CheckpointError
-from nanosophia.configurator import ConfigError, Settings, command, knob, load
+from nanosophia.configurator import ConfigError, Settings, command, load, option
 from nanosophia.distributed import start_ranks
 from nanosophia.files import write_text
 from nanosophia.generate import generate
@@ -71,17 +71,17 @@ ANSWER_TOKENS = 8  # enough for every answer, bytes included
 class SuperGlueSettings(Settings):
     """The settings of this command."""
 
-    init_from: str = knob("resume", "resume: the run in out_dir; or a ckpt.pt, a GPT-2 folder of "
-                                    "transformers, a name on its hub")
-    out_dir: str = knob("out", "folder of the run; receives superglue.json")
-    tasks: str = knob("boolq,cb,copa,rte", "which, comma-separated")
-    data_dir: str = knob("", "folder of SuperGLUE's release; empty = downloaded through datasets")
-    shots: int = knob(2, "worked examples before each question", low=0)
-    draws: int = knob(5, "sets of examples that are averaged", low=1)
-    limit: int = knob(0, "questions per task, the first ones; 0 = all", low=0)
-    batch_size: int = knob(8, "prompts of one length at a time", low=1)
-    seed: int = knob(1337, "of the examples drawn", low=0, high=2**63 - 1)
-    device: str = knob("auto", "auto, cpu, cuda, cuda:N or mps")
+    init_from: str = option("resume", "resume: the run in out_dir; or a ckpt.pt, a GPT-2 folder of "
+                                      "transformers, a name on its hub")
+    out_dir: str = option("out", "folder of the run; receives superglue.json")
+    tasks: str = option("boolq,cb,copa,rte", "which, comma-separated")
+    data_dir: str = option("", "folder of SuperGLUE's release; empty = downloaded through datasets")
+    shots: int = option(2, "worked examples before each question", low=0)
+    draws: int = option(5, "sets of examples that are averaged", low=1)
+    limit: int = option(0, "questions per task, the first ones; 0 = all", low=0)
+    batch_size: int = option(8, "prompts of one length at a time", low=1)
+    seed: int = option(1337, "of the examples drawn", low=0, high=2**63 - 1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
     def check(self) -> None:
         unknown = [t for t in self.tasks.split(",") if t not in TASKS]

@@ -17,6 +17,7 @@ from nanosophia.configurator import UserError
 
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "bytes")
+FILE_NAME = "tokenizer.json"  # of a copy beside the data
 GPT2_CLASSES = 50257  # of GPT-2's encoding, end-of-text included
 
 # tiktoken's cache names (sha1 of the address), the published files' names and their sha256, from
@@ -67,12 +68,9 @@ def fingerprint(encoding) -> str:
     return digest.hexdigest()
 
 
-def beside(folder: Path, name: str) -> str:
-    """Returns a tokenizer's name from meta.json in `folder`; a file is one in that folder."""
+def resolve_tokenizer(folder: Path, name: str) -> str:
+    """Returns the tokenizer that meta.json in `folder` names; a file name is one in that folder."""
     return str(folder / name) if name == FILE_NAME else name
-
-
-FILE_NAME = "tokenizer.json"
 
 
 class FileEncoding:
@@ -133,7 +131,7 @@ class FileEncoding:
 def byte_lengths(encoding) -> list[int]:
     """Returns how many bytes of text each id stands for; end-of-text stands for none."""
     if isinstance(encoding, FileEncoding):
-        letters = set(byte_letters().values())
+        letters = set(bytes_to_unicode().values())
         tokens = [encoding._tokenizer.id_to_token(i) or "" for i in range(encoding.n_vocab)]
         lengths = [len(t) if set(t) <= letters else len(t.encode()) for t in tokens]
     else:
@@ -142,7 +140,7 @@ def byte_lengths(encoding) -> list[int]:
     return lengths
 
 
-def byte_letters() -> dict[int, str]:
+def bytes_to_unicode() -> dict[int, str]:
     """Returns the printable character that stands for each byte in GPT-2's vocabulary files."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]

@@ -1,4 +1,4 @@
-"""Faster forms of `sophia.sophia_update`, for an optimizer's `rule`: the same to rounding."""
+"""Faster forms of `sophia.sophia_update`, for an optimizer's `rule`: equal up to rounding."""
 
 from functools import cache
 from itertools import repeat
@@ -12,16 +12,19 @@ from sophia import sophia_update
 SLICE = 2**16  # coordinates, which fit a CPU core's cache
 
 
-def sliced_update(theta: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, *numbers) -> None:
-    """Updates slices of rows one after the other on a CPU, so that each stays in the cache."""
+def sliced_update(theta: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, *args) -> None:
+    """Updates slices of rows one after the other on a CPU, so that each stays in the cache.
+
+    `args` are lr, decay, beta1, eps and skip.
+    """
     theta, g, m, h, gamma = map(to_local, (theta, g, m, h, gamma))
     if theta.device.type != "cpu" or theta.dim() == 0 or theta.numel() <= SLICE:
-        sophia_update(theta, g, m, h, gamma, *numbers)
+        sophia_update(theta, g, m, h, gamma, *args)
         return
     rows = max(1, SLICE // theta[0].numel())
     gammas = gamma.split(rows) if isinstance(gamma, Tensor) and gamma.dim() else repeat(gamma)
     for *parts, part_gamma in zip(*(x.split(rows) for x in (theta, g, m, h)), gammas, strict=False):
-        sophia_update(*parts, part_gamma, *numbers)
+        sophia_update(*parts, part_gamma, *args)
 
 
 def compiled_update(theta: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, decay,
@@ -36,7 +39,7 @@ def compiled_update(theta: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, d
     _compiled()(*tensors, gamma, lr, decay, beta1, eps, skip)
 
 
-compiled_update.masks = True  # reads found_inf in its kernel, without a host sync
+compiled_update.skips_on_device = True  # reads found_inf in its kernel, without a host sync
 
 
 @cache

@@ -1,6 +1,6 @@
 """Weights of a run, of nanoGPT, of transformers' GPT-2 under this project's names, and back.
 
-Nothing in a file is executed. Knows nothing of training.
+Nothing in a file is executed. Does not depend on training.
 """
 
 import json
@@ -94,8 +94,9 @@ def foreign_weights(source: str) -> Weights:
     (github.com/Liuhong99/Sophia), another run's folder, a folder that transformers wrote, or a name
     on its hub.
 
-    Nothing in the files is executed. nanoGPT's models have the exact GELU, the authors' the tanh
-    one and the switch for inverse-layer scaling. Raises CheckpointError on anything else.
+    Nothing in the files is executed. nanoGPT's models are assumed to have the exact GELU (its code
+    since June 2023), the authors' the tanh one and the switch for inverse-layer scaling. Raises
+    CheckpointError on anything else.
     """
     path = Path(source)
     if path.suffix == ".pt":

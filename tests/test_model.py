@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig, cross_entropy
 from nanosophia.chunked_loss import chunked_cross_entropy
-from nanosophia.estimators import draw_labels
-from nanosophia.generate import LayerCache, draw_token, generate
+from nanosophia.estimators import sample_labels_two_level
+from nanosophia.generate import LayerCache, generate, sample_token
 from tests.conftest import Allocated
 
 
@@ -121,7 +121,7 @@ def test_the_loss_holds_the_logits_and_one_more_buffer_of_their_size(chunk, most
         targets = torch.rand(16, 16)
     whole = 256 * 16384 * 4
     with Allocated(smallest=whole // 5) as held:  # the head's weights are an eighth
-        model(idx, targets, sample_labels_fn=draw_labels if draws else None).backward()
+        model(idx, targets, sample_labels_fn=sample_labels_two_level if draws else None).backward()
     assert 0 < held.most / whole <= most
 
 
@@ -264,23 +264,23 @@ def test_rows_end_at_the_stop_token_and_the_stream_with_the_last():
 
 def test_top_p_keeps_the_smallest_set_of_that_probability():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log().repeat(4000, 1)
-    draws = {p: set(draw_token(logits, 1.0, top_p=p).flatten().tolist())
+    draws = {p: set(sample_token(logits, 1.0, top_p=p).flatten().tolist())
              for p in (0.3, 0.5, 0.65, 0.75, 0.95, 1.0)}
     assert draws[0.3] == draws[0.5] == {0}
     assert len(draws[0.65]) == 2 and draws[0.75] == {0, 1, 2}
     assert draws[0.95] == draws[1.0] == {0, 1, 2, 3}
-    counts = draw_token(logits, 1.0, top_p=0.75).flatten().bincount(minlength=4) / 4000
+    counts = sample_token(logits, 1.0, top_p=0.75).flatten().bincount(minlength=4) / 4000
     assert counts.tolist() == pytest.approx([5 / 9, 2 / 9, 2 / 9, 0], abs=0.04)
-    assert set(draw_token(logits, 1.0, 3, top_p=0.6).flatten().tolist()) <= {0, 1, 2}
+    assert set(sample_token(logits, 1.0, 3, top_p=0.6).flatten().tolist()) <= {0, 1, 2}
 
 
 def test_the_repetition_penalty_is_on_what_was_seen_alone():
     logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
     seen = torch.tensor([[0, 0, 2]])
-    assert draw_token(logits, 0, seen=seen, repetition_penalty=1.2).item() == 0  # 1.67
-    assert draw_token(logits, 0, seen=seen, repetition_penalty=1.5).item() == 1  # 1.33, once
+    assert sample_token(logits, 0, seen=seen, repetition_penalty=1.2).item() == 0  # 1.67
+    assert sample_token(logits, 0, seen=seen, repetition_penalty=1.5).item() == 1  # 1.33, once
     low = torch.tensor([[-9.0, -9.0, -1.0, -1.2]])
-    assert draw_token(low, 0, seen=seen, repetition_penalty=1.5).item() == 3  # -1.5
+    assert sample_token(low, 0, seen=seen, repetition_penalty=1.5).item() == 3  # -1.5
 
 
 def test_padding_ids_are_never_drawn():

@@ -10,7 +10,13 @@ import train
 from model import GPT, GPTConfig
 from nanosophia.baselines import AdaHessian, AdaHessianClip, Lion, Normalize, SophiaUnclipped
 from nanosophia.configurator import ConfigError, load, read_config_file
-from nanosophia.optimizers import advice, build, check, parameter_groups, with_own_defaults
+from nanosophia.optimizers import (
+    build,
+    check,
+    parameter_groups,
+    settings_warnings,
+    with_own_defaults,
+)
 from nanosophia.options import MODEL_KEYS, Config, padded_vocab_size
 from nanosophia.resume import load_config, other_optimizers_settings
 from nanosophia.tokenizer import GPT2_CLASSES
@@ -232,10 +238,10 @@ def test_a_setting_without_effect_is_refused(flags, words):
 
 
 def test_valid_but_harmful_settings_are_warned_of():
-    assert not advice(Config())
-    assert "shorter than the 2000 steps" in advice(Config(warmup_iters=200))[0]
-    assert not advice(Config(warmup_iters=200, optimizer="adamw"))
-    assert "the learning rate only rises" in advice(Config(max_iters=100))[0]
+    assert not settings_warnings(Config())
+    assert "shorter than the 2000 steps" in settings_warnings(Config(warmup_iters=200))[0]
+    assert not settings_warnings(Config(warmup_iters=200, optimizer="adamw"))
+    assert "the learning rate only rises" in settings_warnings(Config(max_iters=100))[0]
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

@@ -17,9 +17,9 @@ from nanosophia.chunked_loss import chunked_cross_entropy
 from nanosophia.controlled_gamma import ControlledSophia, control_gamma
 from nanosophia.estimators import (
     chunked_squares,
-    draw_labels,
     empirical_fisher_estimator,
     gnb_estimator,
+    sample_labels_two_level,
 )
 from nanosophia.options import Config
 from nanosophia.update_rules import compiled_update, sliced_update
@@ -317,7 +317,8 @@ def test_labels_are_exact_draws_and_padding_is_never_drawn():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, 9.0]]).expand(40_000, 5)
     u = (torch.arange(40_000) + 0.5) / 40_000
     weights = logits.softmax(-1)
-    for labels in (sample_labels(logits[:, :4], u), draw_labels(weights, u, num_classes=4)):
+    for labels in (sample_labels(logits[:, :4], u),
+                   sample_labels_two_level(weights, u, num_classes=4)):
         counts = labels.bincount(minlength=5) / 40_000
         torch.testing.assert_close(counts[:4], logits[0, :4].softmax(-1), atol=1e-4, rtol=0)
         assert counts[4] == 0
@@ -386,20 +387,20 @@ def test_blocks_of_classes_draw_as_one_cumulative_sum_does(classes):
     expected = torch.searchsorted(cdf, u.unsqueeze(1) * cdf[:, -1:], right=True).squeeze(1)
     u[7] = -1
     expected[7] = -100
-    assert torch.equal(draw_labels(weights, u, classes), expected)
+    assert torch.equal(sample_labels_two_level(weights, u, classes), expected)
 
 
 def test_weights_that_are_not_finite_draw_some_class_and_leave_the_estimate_to_the_guard():
     weights = torch.full((2, 300), float("nan"))
-    assert draw_labels(weights, torch.tensor([0.1, 0.9]), 290).max() < 290
+    assert sample_labels_two_level(weights, torch.tensor([0.1, 0.9]), 290).max() < 290
     weights[0] = torch.inf
-    assert draw_labels(weights, torch.tensor([0.1, 0.9])).max() < 300
+    assert sample_labels_two_level(weights, torch.tensor([0.1, 0.9])).max() < 300
 
 
 def test_no_impossible_class_is_drawn_at_the_ends_of_blocks():
     weights = torch.zeros(4, 300)
     weights[:, [0, 127, 200]] = torch.tensor([1.0, 1e-9, 1.0])
-    labels = draw_labels(weights, torch.tensor([0.0, 0.5, 0.5 + 2**-20, 1 - 2**-24]))
+    labels = sample_labels_two_level(weights, torch.tensor([0.0, 0.5, 0.5 + 2**-20, 1 - 2**-24]))
     assert set(labels.tolist()) <= {0, 127, 200} and labels[0] == 0 and labels[3] == 200
 
 

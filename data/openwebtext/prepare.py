@@ -19,7 +19,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nanosophia.configurator import command, knob, load  # noqa: E402
+from nanosophia.configurator import command, load, option  # noqa: E402
 from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
 
@@ -31,10 +31,10 @@ PUBLISHED = dict(documents=8_013_769, train=9_035_582_198, val=4_434_897)  # nan
 class OpenWebTextSettings(PrepareSettings):
     """The settings of this script."""
 
-    input: str = knob("", "local parquet, jsonl (.gz, .zst; column `text`) or txt files, a folder "
-                          "or a glob, comma-separated; empty = the hub's corpus")
-    hub: str = knob("Skylion007/openwebtext", "data set of the hub, or a local folder like one")
-    streaming: bool = knob(False, "read the hub without keeping a copy on the disk")
+    input: str = option("", "local parquet, jsonl (.gz, .zst; column `text`) or txt files, a "
+                            "folder or a glob, comma-separated; empty = the hub's corpus")
+    hub: str = option("Skylion007/openwebtext", "data set of the hub, or a local folder like one")
+    streaming: bool = option(False, "read the hub without keeping a copy on the disk")
 
 
 def validation_split(count: int) -> Callable[[int], str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nanosophia.configurator import command, knob, load  # noqa: E402
+from nanosophia.configurator import command, load, option  # noqa: E402
 from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
 
@@ -24,12 +24,12 @@ from nanosophia.documents import CorpusError, Documents, hub_documents, local_do
 class PileSettings(PrepareSettings):
     """The settings of this script."""
 
-    train: str = knob("", "local training files: a comma-separated list of files, folders, globs")
-    val: str = knob("", "local validation files, likewise")
-    hub: str = knob("", "instead of files: data set of the hub, or a local folder like one")
-    hub_val_split: str = knob("validation", "with hub, the name of its validation split")
-    streaming: bool = knob(False, "read the hub without keeping a copy on the disk")
-    tokenizer: str = knob("EleutherAI/gpt-neox-20b", "path of a tokenizer.json, or a hub name")
+    train: str = option("", "local training files: a comma-separated list of files, folders, globs")
+    val: str = option("", "local validation files, likewise")
+    hub: str = option("", "instead of files: data set of the hub, or a local folder like one")
+    hub_val_split: str = option("validation", "with hub, the name of its validation split")
+    streaming: bool = option(False, "read the hub without keeping a copy on the disk")
+    tokenizer: str = option("EleutherAI/gpt-neox-20b", "path of a tokenizer.json, or a hub name")
 
 
 def pile_documents(settings: PileSettings) -> Documents:

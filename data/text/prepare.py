@@ -17,7 +17,7 @@ from typing import Literal
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nanosophia.configurator import command, knob, load  # noqa: E402
+from nanosophia.configurator import command, load, option  # noqa: E402
 from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
 from nanosophia.documents import CorpusError, Documents, local_documents  # noqa: E402# noqa: E402
 
@@ -26,9 +26,9 @@ from nanosophia.documents import CorpusError, Documents, local_documents  # noqa
 class TextSettings(PrepareSettings):
     """The settings of this script."""
 
-    input: str = knob("", "your files: a comma-separated list of files, folders and globs")
-    tokenizer: Literal["gpt2", "bytes"] = knob("gpt2", "GPT-2's byte-pair encoding, or bytes")
-    val_fraction: float = knob(0.05, "share of the documents for validation", above=0, below=1)
+    input: str = option("", "your files: a comma-separated list of files, folders and globs")
+    tokenizer: Literal["gpt2", "bytes"] = option("gpt2", "GPT-2's byte-pair encoding, or bytes")
+    val_fraction: float = option(0.05, "share of the documents for validation", above=0, below=1)
 
 
 def text_documents(pattern: str, val_fraction: float) -> Documents:

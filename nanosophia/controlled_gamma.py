@@ -27,7 +27,8 @@ class ControlledSophia(Sophia):
         gamma_rows: with gamma_target, one gamma per row of a matrix instead of one per tensor.
         bias_correction: divide h by 1 - beta2^(number of estimates).
 
-    State, beside Sophia's: `gamma`, shape (rows, 1, ...) or (), under gamma_target.
+    State, beside Sophia's: under gamma_target `gamma`, shape (rows, 1, ...) or (), and `gamma_due`,
+    1.0 between an estimate and the step that sets gamma.
     """
 
     _new_estimate = False  # since the last step
@@ -48,13 +49,26 @@ class ControlledSophia(Sophia):
         """Averages the estimates into h as Sophia does; the next step sets gamma anew."""
         was_new, self._new_estimate = self._new_estimate, True
         super().update_hessian(estimates)
-        self._new_estimate = was_new or self._skip_flag() is not True
+        self._set_due(was_new or self._skip_flag() is not True)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Updates the parameters as Sophia does."""
         loss = super().step(closure)
-        self._new_estimate &= self._skip_flag() is True
+        if self._new_estimate and self._skip_flag() is not True:
+            self._set_due(False)
         return loss
+
+    def _set_due(self, due: bool) -> None:
+        self._new_estimate = due
+        for group, p in self._items():
+            if group["gamma_target"] and p in self.state:
+                self.state[p]["gamma_due"] = torch.tensor(float(due))
+
+    def __setstate__(self, state: dict) -> None:
+        """Restores what copy, pickle and load_state_dict carry, a pending estimate included."""
+        super().__setstate__(state)
+        self._new_estimate = any(s["gamma_due"].item() for s in self.state.values()
+                                 if "gamma_due" in s)
 
     def _skip_flag(self) -> Tensor | bool | None:
         # After an estimate the host must know: gamma and the number of estimates change there too.

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 import shutil
 from functools import partial
 
@@ -640,6 +641,30 @@ def test_controlled_gamma_survives_a_state_dict_round_trip():
             x.grad = torch.full((8, 4), 0.1)
             optimizer_.step()
     assert torch.equal(p, q)
+    assert torch.equal(optimizer.state[p]["gamma"], twin.state[q]["gamma"])
+
+
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
+def test_an_estimate_whose_step_was_skipped_still_sets_gamma_in_a_copy(way):
+    p, optimizer = controlled((8, 4), gamma_target=0.5)
+    optimizer.update_hessian([torch.full((8, 4), 0.3)])
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()  # skipped
+    optimizer.found_inf = None
+    if way == "state_dict":
+        twin = ControlledSophia([nn.Parameter(p.detach().clone())], lr=1e-3, betas=(0.5, 0.5),
+                                gamma_target=0.5)
+        twin.load_state_dict(optimizer.state_dict())
+    else:
+        twin = copy.deepcopy(optimizer) if way == "deepcopy" else \
+            pickle.loads(pickle.dumps(optimizer))
+    before = optimizer.state[p]["gamma"].clone()
+    for optimizer_ in (optimizer, twin):
+        x, = optimizer_.parameters()
+        x.grad = torch.full((8, 4), 0.1)
+        optimizer_.step()
+    q, = twin.parameters()
+    assert torch.equal(p, q) and optimizer.state[p]["gamma"] != before
     assert torch.equal(optimizer.state[p]["gamma"], twin.state[q]["gamma"])
 
 

@@ -187,7 +187,7 @@ class Sophia(torch.optim.Optimizer):
                 add("hessian_floor_fraction", h <= group["eps"])
                 update = (m / denominator).clamp_(-1, 1).mul_(group["lr"])
                 for name, x in dict(hessian=h, momentum=m, update=update, parameter=p).items():
-                    add(f"{name}_norm", x.square())
+                    add(f"{name}_norm", x.to(m.dtype).square())
         sums.pop("unclipped/None", None)
         return {name: x.sqrt() if "norm" in name else x / sizes[name] for name, x in sums.items()}
 

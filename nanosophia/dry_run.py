@@ -19,7 +19,7 @@ from model import GPT
 from nanosophia.configurator import ConfigError, command, load
 from nanosophia.dataloader import DataError, open_dataset
 from nanosophia.metrics import peak_flops
-from nanosophia.optimizers import build, with_own_defaults
+from nanosophia.optimizers import build, check, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
 from nanosophia.tokenizer import GPT2_CLASSES
 
@@ -189,8 +189,13 @@ def main(argv: list[str]) -> None:
     files, flags = ([a for a in argv if a.startswith("-") == dash] for dash in (False, True))
     if not files:
         raise ConfigError("give config files: python -m nanosophia.dry_run config/*.py")
-    print(table({Path(f).stem: with_own_defaults(*load(Config, [f, *flags], USAGE))
-                 for f in files}))
+    configs = {}
+    for file in files:
+        config, sources = load(Config, [file, *flags], USAGE)
+        config = with_own_defaults(config, sources)
+        check(config, world_size=1)
+        configs[Path(file).stem] = config
+    print(table(configs))
 
 
 if __name__ == "__main__":

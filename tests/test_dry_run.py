@@ -84,3 +84,10 @@ def test_a_loss_in_chunks_takes_less_memory():
     logits = 12 * 1024 * 50304 * 10
     chunk = 50304 * (1024 * 8 + 4 * 768)
     assert whole - chunked == logits - chunk > 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--optimizer=foo"], "optimizer = 'foo' is none of"),
+    (["--optimizer=adamw"], "gamma_target = 0.9 has no effect on optimizer = adamw")])
+def test_the_command_refuses_what_train_refuses(refused, flags, words):
+    assert words in refused(dry_run.main, ["config/quickstart.py", *flags])

@@ -731,6 +731,14 @@ def test_statistics_tell_kinds_apart_and_measure_the_update():
         pytest.approx(math.sqrt(70))
 
 
+def test_statistics_are_in_the_states_precision_under_low_precision_parameters():
+    p = nn.Parameter(torch.full((4,), 300.0, dtype=torch.float16))  # its square overflows float16
+    optimizer = Sophia([p])
+    p.grad = torch.ones(4, dtype=torch.float16)
+    optimizer.step()
+    assert optimizer.statistics()["parameter_norm"].item() == pytest.approx(600, rel=1e-3)
+
+
 def test_sophia_g_and_h_are_the_papers_settings():
     p = [nn.Parameter(torch.zeros(1))]
     g, h = SophiaG(p).defaults, SophiaH(p).defaults

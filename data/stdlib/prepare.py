@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from nanosophia.configurator import command, load  # noqa: E402
 from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
-from nanosophia.documents import CorpusError, Documents  # noqa: E402# noqa: E402
+from nanosophia.documents import CorpusError, Documents  # noqa: E402
 
 VAL_PER_MILLE = 50
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from nanosophia.configurator import command, load, option  # noqa: E402
 from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
-from nanosophia.documents import CorpusError, Documents, local_documents  # noqa: E402# noqa: E402
+from nanosophia.documents import CorpusError, Documents, local_documents  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

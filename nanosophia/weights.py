@@ -146,7 +146,8 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 def _transformers_weights(folder: Path) -> Weights:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {}
         files = sorted(folder.glob("*.safetensors"))
         if config.get("model_type") != "gpt2" or not files:
             raise CheckpointError(
@@ -157,12 +158,12 @@ def _transformers_weights(folder: Path) -> Weights:
                                          "vocab_size")]
         if not all(type(size) is int for size in sizes):
             raise TypeError(f"sizes {sizes} are not whole numbers")
-        for key, wanted in (("n_inner", (None, 4 * width)), ("layer_norm_epsilon", (1e-5,)),
+        for key, supported in (("n_inner", (None, 4 * width)), ("layer_norm_epsilon", (1e-5,)),
                             ("scale_attn_weights", (True,)), ("tie_word_embeddings", (True,)),
                             ("activation_function", tuple(ACTIVATIONS))):
-            if (given := config.get(key, wanted[0])) not in wanted:
+            if (given := config.get(key, supported[0])) not in supported:
                 raise CheckpointError(f"{folder / 'config.json'}: {key} = {given!r} is not what "
-                                      f"model.py computes ({wanted[0]!r})")
+                                      f"model.py computes ({supported[0]!r})")
         ours = GPTConfig(
             n_layer=config["n_layer"], n_head=config["n_head"], n_embd=width,
             block_size=config["n_positions"], vocab_size=config["vocab_size"],

@@ -139,6 +139,13 @@ def test_a_foreign_folder_is_refused_in_words(gpt2_folder, tmp_path, refused, sp
     assert words in line
 
 
+def test_an_empty_folder_is_refused_in_words(tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    line = refused(huggingface.main, [f"--import_from={tmp_path / 'empty'}",
+                                      f"--out_dir={tmp_path / 'x'}"])
+    assert "holds no GPT-2 in transformers' format" in line
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--export=x"], "holds no checkpoint"), ([], "give one of --export"),
     (["--import_from=no-such-model-anywhere"], "could it be fetched")])

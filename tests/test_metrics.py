@@ -73,7 +73,7 @@ def test_a_healthy_run_is_not_warned():
     assert not health.warnings({"step": 5, "train/loss": 3.0})  # a first-order optimizer
 
 
-def test_each_departure_is_said_once_in_words():
+def test_each_departure_gives_one_warning_in_words():
     health = Health(50, 10, fixed_gamma=True)
     low = [health.warnings(healthy(unclipped_fraction=0.04)) for _ in range(60)]
     assert [bool(w) for w in low].index(True) == Health.PATIENCE - 1 and sum(map(len, low)) == 1
@@ -86,12 +86,12 @@ def test_each_departure_is_said_once_in_words():
         assert not health.warnings(healthy(hessian_norm=norm))
 
 
-def test_a_curvature_that_stands_still_is_said():
+def test_a_curvature_that_stands_still_gives_a_warning():
     health = Health(0, 10, fixed_gamma=True)
-    said = [health.warnings(healthy(step=step, hessian_norm=1 + min(step, 50) // 10))
+    warned = [health.warnings(healthy(step=step, hessian_norm=1 + min(step, 50) // 10))
             for step in range(0, 100, 5)]
-    said = [w for w in said if w]
-    assert len(said) == 1 and "h has not changed since step 50" in said[0][0]
+    warned = [w for w in warned if w]
+    assert len(warned) == 1 and "h has not changed since step 50" in warned[0][0]
 
 
 def test_warm_up_and_a_controlled_gamma_are_not_judged():

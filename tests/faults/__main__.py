@@ -31,7 +31,7 @@ FAULTS = {
 }
 
 
-class Tally:
+class TrialCounts:
     """A pytest plugin that adds up the trials of each row."""
 
     def __init__(self):
@@ -78,9 +78,9 @@ class Tally:
 def main(argv: list[str]) -> int:
     """The command; pytest's exit code."""
     out = Path(argv[0].removeprefix("--out=") if argv else "results/reliability.md")
-    tally, began = Tally(), time.monotonic()
-    code = pytest.main(["-m", "trial", "-p", "no:cacheprovider"], plugins=[tally])
-    out.write_text(tally.table(time.monotonic() - began, "python -m tests.faults"))
+    counts, began = TrialCounts(), time.monotonic()
+    code = pytest.main(["-m", "trial", "-p", "no:cacheprovider"], plugins=[counts])
+    out.write_text(counts.table(time.monotonic() - began, "python -m tests.faults"))
     print(out.read_text())
     return int(code)
 

@@ -256,12 +256,12 @@ def loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: 
                 if saves:
                     save(run, data, saver, done, record.get("val/loss"))
             if stop and not is_last:
-                saver.wait()
+                saver.finish()
                 raise Stopped(
                     f"stopped by {signal.Signals(stop).name} after {done} steps, saved in "
                     f"{config.out_dir}; the same command with --init_from=auto resumes"
                     if run.ranks.is_main else "", stop)
-        saver.wait()
+        saver.finish()
 
 
 def save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | None) -> None:

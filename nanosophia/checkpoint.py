@@ -44,6 +44,8 @@ from nanosophia.files import fsync, write_text
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 FAILURES_ALLOWED = 2  # in a row, while an older checkpoint is there
+RETRY_PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts at the last save: before torchrun,
+# which grants 30, kills the ranks after a signal
 SLOW_SAVE = 20.0  # seconds, beyond which a signal under torchrun may come too late
 FORMAT = 1  # of state.json
 _NAME = re.compile(r"step_(\d{8,})")
@@ -52,6 +54,12 @@ _TEMPORARY = ".partial"
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message says which and what to do."""
+
+
+class SaveError(CheckpointError):
+    """The save that ends a run failed; the message says which checkpoint is the newest one."""
+
+    exit_code = 1
 
 
 class Checkpoint(NamedTuple):
@@ -104,7 +112,7 @@ class Checkpoint(NamedTuple):
 class Saver:
     """Saves the checkpoints of one run; training goes on while a thread writes.
 
-    Every rank makes one and calls `save` and `wait` at the same steps.
+    Every rank makes one, calls `save` at the same steps, and `finish` after the last.
     """
 
     def __init__(self, out_dir: Path, ranks: Ranks, *, keep: int, keep_best: bool, sharded: bool):
@@ -117,6 +125,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._buffers: dict[str, Tensor] = {}  # in host memory, from one save to the next
+        self._last: tuple[dict, dict, dict] | None = None  # what was saved last, to try again
         self._failures, self._warned_slow = 0, False
         if ranks.is_main:
             for left in out_dir.glob(f"step_*{_TEMPORARY}"):  # of a run that was killed
@@ -132,23 +141,17 @@ class Saver:
         began = time.perf_counter()
         if self.sharded or self.ranks.is_main:
             model, optimizer = (host_copy(x, self._buffers) for x in (model, optimizer))
-        self._pending = self._thread.submit(self._write, model, optimizer, state) \
-            if self.sharded or self.ranks.is_main else Future()
+        self._last = (model, optimizer, state)
+        self._submit()
         self.seconds_blocked = time.perf_counter() - began
+
+    def _submit(self) -> None:
+        self._pending = self._thread.submit(self._write, *self._last) \
+            if self.sharded or self.ranks.is_main else Future()
 
     def wait(self) -> None:
         """Waits for the save in progress; raises as `save` does."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-
-        def outcome() -> tuple[float, str, bool]:
-            try:
-                return pending.result(), "", True
-            except CheckpointError as error:
-                return 0.0, str(error), bool(checkpoint_folders(self.out_dir))
-
-        self.seconds_written, error, older = on_main(self.ranks, outcome)
+        error, older = self._outcome()
         if not error:
             self._failures = 0
             if (self.seconds_written > SLOW_SAVE and not self._warned_slow and self.ranks.is_main
@@ -164,6 +167,43 @@ class Saver:
             raise CheckpointError(f"{error} ({times}, so training stops)")
         if self.ranks.is_main:
             print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)
+
+    def _outcome(self) -> tuple[str, bool]:
+        """Waits for the save in progress; returns its error, if any, and whether others exist."""
+        if self._pending is None:
+            return "", True
+        pending, self._pending = self._pending, None
+
+        def outcome() -> tuple[float, str, bool]:
+            try:
+                return pending.result(), "", True
+            except CheckpointError as error:
+                return 0.0, str(error), bool(checkpoint_folders(self.out_dir))
+
+        self.seconds_written, error, older = on_main(self.ranks, outcome)
+        return error, older
+
+    def finish(self) -> None:
+        """Waits for the run's last save, which must succeed, and reads its manifest back.
+
+        A failed one is tried again after each of RETRY_PAUSES, with a warning. Raises SaveError, on
+        every rank, when the last attempt fails.
+        """
+        step = self._last[2]["step"] if self._last else None
+        for pause in (*RETRY_PAUSES, None):
+            error, _ = self._outcome()
+            if not error and step is not None:
+                error = on_main(self.ranks, lambda: missing_parts(self.out_dir, step))
+            if not error:
+                return
+            if pause is None:
+                newest = on_main(self.ranks, lambda: _describe_newest(self.out_dir))
+                raise SaveError(f"{error}; {len(RETRY_PAUSES) + 1} attempts failed, {newest}")
+            if self.ranks.is_main:
+                print(f"warning: {error}; the last save is tried again in {pause:g} s",
+                      file=sys.stderr, flush=True)
+            time.sleep(pause)
+            self._submit()
 
     def close(self) -> None:
         """Waits for this rank's thread."""
@@ -262,6 +302,28 @@ def _purge(out_dir: Path, keep: int, keep_best: bool) -> None:
     for old in (*folders[keep:], *out_dir.glob("step_*.replaced*")):
         if old != best:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def missing_parts(out_dir: Path, step: int) -> str:
+    """Returns what a checkpoint lacks according to its manifest, read back; "" for nothing."""
+    folder = out_dir / f"step_{step:08d}"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        lacking = [name for name, digest in manifest.items()
+                   if (folder / name).stat().st_size != digest["size"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"checkpoint {folder} is not there as it was written: {error!r}"
+    return f"checkpoint {folder}: {', '.join(lacking)} has another size" if lacking else ""
+
+
+def _describe_newest(out_dir: Path) -> str:
+    try:
+        found = load_latest(out_dir)
+    except CheckpointError as error:
+        return str(error)
+    if found is None:
+        return f"there is no checkpoint in {out_dir}"
+    return f"the newest checkpoint is {found.folder}, of step {found.state['step']}"
 
 
 def _val_loss(folder: Path) -> float | None:

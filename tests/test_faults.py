@@ -403,6 +403,58 @@ def test_training_stops_when_no_save_is_left_to_fall_back_on(tiny, tmp_path, mon
 
 
 @pytest.mark.trial(7)
+@pytest.mark.parametrize("ends_by", ["max_iters", "signal"])
+def test_a_run_whose_last_save_fails_says_so_and_what_is_there(tiny, tmp_path, monkeypatch, capsys,
+                                                               ends_by):
+    monkeypatch.setattr(checkpoint, "RETRY_PAUSES", (0.0, 0.0))
+    failing_saves(monkeypatch, lambda n: n >= 1)
+    original = train.train_step
+
+    def signalled(run, step):
+        if step == 5 and ends_by == "signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, step)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    with pytest.raises(SystemExit) as ended:
+        train.main(tiny("--max_iters=8", "--checkpoint_interval=4"))
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    assert "saved in" not in out + err
+    assert err.count("the last save is tried again") == 2
+    assert "3 attempts failed, the newest checkpoint is" in err and "of step 4" in err
+    assert load_latest(tmp_path / "run").state["step"] == 4
+
+
+@pytest.mark.trial(7)
+def test_a_last_save_that_fails_once_is_made_again(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "RETRY_PAUSES", (0.0,))
+    failing_saves(monkeypatch, lambda n: n == 0)
+    run_train(*tiny("--max_iters=2"))
+    out, err = capsys.readouterr()
+    assert "the last save is tried again" in err and "saved in" in out
+    assert load_latest(tmp_path / "run").state["step"] == 2
+
+
+@pytest.mark.trial(7)
+def test_a_last_checkpoint_that_vanished_is_written_again(tiny, tmp_path, monkeypatch, capsys):
+    """What counts is the manifest that is read back, not that no error was raised."""
+    monkeypatch.setattr(checkpoint, "RETRY_PAUSES", (0.0,))
+    original, calls = checkpoint.save, itertools.count()
+
+    def save(out_dir, *args, **kwargs):
+        folder = original(out_dir, *args, **kwargs)
+        if next(calls) == 0:
+            (folder / checkpoint.MANIFEST).unlink()
+        return folder
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    run_train(*tiny("--max_iters=2"))
+    assert "is not there as it was written" in capsys.readouterr().err
+    assert load_latest(tmp_path / "run").state["step"] == 2
+
+
+@pytest.mark.trial(7)
 def test_a_real_limit_on_file_size_is_reported_and_the_old_checkpoint_stays(tiny, tmp_path):
     """The system itself refuses to write, as on a full disk."""
     run_train(*tiny("--max_iters=3"))

@@ -25,7 +25,6 @@ from nanosophia import dry_run
 from nanosophia.checkpoint import (
     Checkpoint,
     CheckpointError,
-    Saver,
     flatten_state,
     run_state,
 )
@@ -64,6 +63,7 @@ from nanosophia.optimizers import build, settings_warnings
 from nanosophia.options import Config
 from nanosophia.resume import check_settings, describe_config, load_config, resolve, write_config
 from nanosophia.run_lock import RunLock
+from nanosophia.saver import Saver
 from nanosophia.summary import print_next_steps, print_sample, print_summary
 from nanosophia.tokenizer import get_tokenizer
 from nanosophia.weights import Weights

@@ -15,7 +15,7 @@ ALLOWED = {
     "sophia": set(),
     "train": {"model", "checkpoint", "chunked_loss", "configurator", "dataloader", "distributed",
               "dry_run", "estimators", "evaluation", "guard", "metrics", "optimizers", "options",
-              "resume", "run_lock", "summary", "tokenizer", "weights"},
+              "resume", "run_lock", "saver", "summary", "tokenizer", "weights"},
     "bench": {"model", "configurator", "dataloader", "distributed", "files", "metrics",
               "optimizers", "options", "resume", "tokenizer", "train"},
     "sample": {"model", "checkpoint", "configurator", "distributed", "generate", "tokenizer",
@@ -50,6 +50,7 @@ ALLOWED = {
     "summary": {"model", "dataloader", "distributed", "generate", "options", "tokenizer"},
     "documents": {"configurator"},
     "run_lock": {"checkpoint"},
+    "saver": {"checkpoint", "distributed"},
 }
 WITHOUT_TORCH = {"configurator", "tokenizer", "corpus", "documents", "files"}
 TORCH_ALONE = {"model", "sophia"}

@@ -20,9 +20,9 @@ import torch
 
 import train
 from nanosophia import checkpoint
+from nanosophia import saver as saving
 from nanosophia.checkpoint import (
     CheckpointError,
-    Saver,
     checkpoint_folders,
     load_latest,
     open_checkpoint,
@@ -30,6 +30,7 @@ from nanosophia.checkpoint import (
 from nanosophia.corpus import write_corpus
 from nanosophia.distributed import Ranks
 from nanosophia.run_lock import RunLock
+from nanosophia.saver import Saver
 from tests.conftest import ROOT, listed, run_train, torchrun
 from tests.faults import child
 
@@ -406,7 +407,7 @@ def test_training_stops_when_no_save_is_left_to_fall_back_on(tiny, tmp_path, mon
 @pytest.mark.parametrize("ends_by", ["max_iters", "signal"])
 def test_a_run_whose_last_save_fails_says_so_and_what_is_there(tiny, tmp_path, monkeypatch, capsys,
                                                                ends_by):
-    monkeypatch.setattr(checkpoint, "RETRY_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(saving, "RETRY_PAUSES", (0.0, 0.0))
     failing_saves(monkeypatch, lambda n: n >= 1)
     original = train.train_step
 
@@ -428,7 +429,7 @@ def test_a_run_whose_last_save_fails_says_so_and_what_is_there(tiny, tmp_path, m
 
 @pytest.mark.trial(7)
 def test_a_last_save_that_fails_once_is_made_again(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "RETRY_PAUSES", (0.0,))
+    monkeypatch.setattr(saving, "RETRY_PAUSES", (0.0,))
     failing_saves(monkeypatch, lambda n: n == 0)
     run_train(*tiny("--max_iters=2"))
     out, err = capsys.readouterr()
@@ -439,7 +440,7 @@ def test_a_last_save_that_fails_once_is_made_again(tiny, tmp_path, monkeypatch, 
 @pytest.mark.trial(7)
 def test_a_last_checkpoint_that_vanished_is_written_again(tiny, tmp_path, monkeypatch, capsys):
     """What counts is the manifest that is read back, not that no error was raised."""
-    monkeypatch.setattr(checkpoint, "RETRY_PAUSES", (0.0,))
+    monkeypatch.setattr(saving, "RETRY_PAUSES", (0.0,))
     original, calls = checkpoint.save, itertools.count()
 
     def save(out_dir, *args, **kwargs):
@@ -499,7 +500,7 @@ def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
 
 
 def test_a_slow_save_under_torchrun_is_warned_of_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "SLOW_SAVE", 0.0)
+    monkeypatch.setattr(saving, "SLOW_SAVE", 0.0)
     for elastic in (False, True):
         if elastic:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")

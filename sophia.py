@@ -174,20 +174,20 @@ class Sophia(torch.optim.Optimizer):
         """
         sums, sizes = {}, {}
 
-        def add(name: str, values: Tensor) -> None:
-            sums[name] = sums.get(name, 0) + values.sum()
-            sizes[name] = sizes.get(name, 0) + values.numel()
+        def add(name: str, value: Tensor, size: int) -> None:
+            sums[name], sizes[name] = sums.get(name, 0) + value, sizes.get(name, 0) + size
 
         for group, p in self._items():
             if p in self.state:
                 m, h = self.state[p]["exp_avg"], self.state[p]["hessian"]
                 denominator = (self._gamma(self.state[p], group) * h).clamp_min_(group["eps"])
-                add("unclipped_fraction", m.abs() < denominator)
-                add(f"unclipped/{group.get('kind')}", m.abs() < denominator)
-                add("hessian_floor_fraction", h <= group["eps"])
-                update = (m / denominator).clamp_(-1, 1).mul_(group["lr"])
+                unclipped = (m.abs() < denominator).sum()
+                add("unclipped_fraction", unclipped, p.numel())
+                add(f"unclipped/{group.get('kind')}", unclipped, p.numel())
+                add("hessian_floor_fraction", (h <= group["eps"]).sum(), p.numel())
+                update = torch.div(m, denominator, out=denominator).clamp_(-1, 1).mul_(group["lr"])
                 for name, x in dict(hessian=h, momentum=m, update=update, parameter=p).items():
-                    add(f"{name}_norm", x.to(m.dtype).square())
+                    add(f"{name}_norm", torch.linalg.vector_norm(x, dtype=m.dtype).square(), 1)
         sums.pop("unclipped/None", None)
         return {name: x.sqrt() if "norm" in name else x / sizes[name] for name, x in sums.items()}
 

@@ -61,6 +61,7 @@ class CausalSelfAttention(nn.Module):
             self.scale /= layer + 1
 
     def forward(self, x: Tensor, cache=None) -> Tensor:
+        """Returns (B, T, C) for x (B, T, C), which follows the keys and values in `cache`."""
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, hs)

@@ -29,6 +29,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, head: Tensor, targets: Tensor, sample_labels_fn, chunk: int,
                 needs_gradient: bool) -> Tensor:
+        """Returns the mean loss; with `needs_gradient` keeps the gradients for `backward`."""
         device, accum_dtype = x.device.type, torch.promote_types(x.dtype, torch.float32)
         compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) \
             else x.dtype

@@ -255,6 +255,16 @@ def _check_range(f: Any, value: Any) -> None:
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
+def keys_in_section(cls: type, section: str) -> set[str]:
+    """Returns the keys under one of the headings of `--help`."""
+    found, current = set(), ""
+    for f in fields(cls):
+        current = f.metadata.get("section") or current
+        if current == section:
+            found.add(f.name)
+    return found
+
+
 def help_text(cls: type, usage: str) -> str:
     """Returns every key with type, default, unit and meaning, for `--help`."""
     lines = [f"usage: {usage}", ""]

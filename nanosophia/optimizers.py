@@ -208,18 +208,19 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": OptimizerSpec(_adamw, None, _ADAMW),
     "lion": OptimizerSpec(_lion, None, dict(beta1=0.95, beta2=0.98)),
     "muon": OptimizerSpec(_muon, None, _ADAMW, fsdp_refusal="it orthogonalises whole matrices"),
-    "adahessian": OptimizerSpec(_adahessian, hutchinson_estimator,
-                        dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32),
-                        fsdp_refusal=_SECOND_DERIVATIVES),
+    "adahessian": OptimizerSpec(
+        _adahessian, hutchinson_estimator,
+        dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32),
+        fsdp_refusal=_SECOND_DERIVATIVES),
     "sophiag": OptimizerSpec(_sophia(Sophia), gnb_estimator, is_sophia=True),
     "sophiah": OptimizerSpec(_sophia(Sophia), hutchinson_estimator, _HUTCHINSON, is_sophia=True,
-                     fsdp_refusal=_SECOND_DERIVATIVES),
+                             fsdp_refusal=_SECOND_DERIVATIVES),
     # Fig. 7 of the paper
     "clip": OptimizerSpec(_sophia(Sophia)),  # without an estimate h stays 0: sign momentum
     "normalize": OptimizerSpec(_normalize),
     "ef_clip": OptimizerSpec(_sophia(Sophia), empirical_fisher_estimator, is_sophia=True),
     "ah_clip": OptimizerSpec(_sophia(AdaHessianClip), hutchinson_estimator, _HUTCHINSON,
-                     fsdp_refusal=_SECOND_DERIVATIVES),
+                             fsdp_refusal=_SECOND_DERIVATIVES),
     "gnb_unclipped": OptimizerSpec(_sophia(SophiaUnclipped), gnb_estimator,
-                           dict(gamma=1.0, eps=1e-2, hessian_interval=2)),
+                                   dict(gamma=1.0, eps=1e-2, hessian_interval=2)),
 }

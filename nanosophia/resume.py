@@ -10,7 +10,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from nanosophia.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, load_latest
-from nanosophia.configurator import ConfigError, load, read_config_file, with_sources
+from nanosophia.configurator import (
+    ConfigError,
+    keys_in_section,
+    load,
+    read_config_file,
+    with_sources,
+)
 from nanosophia.dataloader import DataError, Dataset, open_dataset
 from nanosophia.distributed import Ranks, on_main, world_size
 from nanosophia.files import write_text
@@ -28,10 +34,8 @@ LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation
 # Model settings that a user may override when starting from foreign weights.
 OVERRIDABLE_KEYS = {"activation", "dropout"}
 TOKENIZER_PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14 # 日本語 don't\t\t12345"
-# The settings of an optimizer that its config file gives, as Table 2 of the paper does.
-OPTIMIZER_KEYS = {"learning_rate", "beta1", "beta2", "eps", "muon_momentum", "gamma",
-                  "hessian_bias_correction", "gamma_target", "gamma_rows", "weight_decay",
-                  "hessian_interval", "hessian_batch_size", "hessian_chunks"}
+# The settings that a config file chooses for its optimizer.
+OPTIMIZER_KEYS = keys_in_section(Config, "optimizer") - {"optimizer"}
 USAGE = "train.py [config/FILE.py] [--key=value]"
 
 

@@ -20,8 +20,8 @@ from nanosophia.checkpoint import (
 from nanosophia.distributed import Ranks, host_copy, new_gloo_group, on_main
 
 FAILURES_ALLOWED = 2  # in a row, while an older checkpoint is there
-RETRY_PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts at the last save: before torchrun,
-# which grants 30, kills the ranks after a signal
+# Seconds between attempts at the last save; torchrun kills the ranks 30 s after a signal.
+RETRY_PAUSES = (1.0, 2.0, 4.0, 8.0)
 SLOW_SAVE = 20.0  # seconds, beyond which a signal under torchrun may come too late
 
 

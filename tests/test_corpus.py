@@ -122,7 +122,9 @@ def test_any_text_is_prepared_and_one_document_is_cut_in_two(tmp_path, refused):
 @pytest.mark.parametrize("text, train, val", [
     ("x" * 1000, 901, 101),  # nowhere to cut: at the exact place
     ("\n" + "x" * 999, 901, 101),  # a line break, but far from it
-    ("word " * 200, 901, 101), ("words " * 200, 1081, 121), ("ab", 2, 2)])
+    ("wording " * 125, 897, 105),  # after the last space before it
+    ("a line of text\n" * 67, 901, 106),  # after the last line break, though a space is nearer
+    ("ab", 2, 2)])
 def test_a_document_without_a_line_break_is_cut_near_the_exact_place(tmp_path, text, train, val):
     (tmp_path / "one.txt").write_text(text)
     script("text").main([f"--input={tmp_path / 'one.txt'}", "--tokenizer=bytes",

@@ -120,9 +120,11 @@ def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
 
 
 def with_sources(error: ConfigError, sources: dict[str, str]) -> ConfigError:
-    """Returns the same error with the place where each of its keys was set."""
+    """Returns the same error with the place where each of its keys was set, if any was."""
+    if not sources.keys() & set(error.keys):
+        return error
     origins = ", ".join(f"{k} from {sources.get(k, 'its default')}" for k in error.keys)
-    return ConfigError(f"{error} ({origins})" if origins else str(error), *error.keys)
+    return ConfigError(f"{error} ({origins})", *error.keys)
 
 
 def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:

@@ -158,7 +158,8 @@ def contender_config(settings: BenchSettings, sources: dict[str, str], text: str
 def warm_up(name: str, config: Config, ranks: Ranks, cycle_steps: int, *, real_data: bool,
             ) -> Contender:
     """Builds a contender and runs one cycle of it, so that no timed step compiles or allocates."""
-    data = open_dataset(config.dataset, config.block_size) if real_data else random_data(config)
+    data = open_dataset(config.dataset, config.block_size, config.bare_tokens) if real_data \
+        else random_data(config)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
     run = build_run(config, ranks, data)

@@ -31,12 +31,13 @@ class GPTConfig:
     compute what the code computed before.
     """
 
-    block_size: int = option(1024, "longest context", unit="tokens", low=1, section="model")
+    block_size: int = option(1024, "longest context", unit="tokens", low=1, high=1 << 20,
+                             section="model")
     vocab_size: int = option(50304, "rows of the embedding: the classes padded to a multiple of 64",
-                             low=1)
-    n_layer: int = option(12, "transformer blocks", low=1)
-    n_head: int = option(12, "attention heads", low=1)
-    n_embd: int = option(768, "width", low=1)
+                             low=1, high=1 << 20)
+    n_layer: int = option(12, "transformer blocks", low=1, high=1000)
+    n_head: int = option(12, "attention heads", low=1, high=1 << 16)
+    n_embd: int = option(768, "width", low=1, high=1 << 16)
     dropout: float = option(0.0, "dropout probability", low=0, below=1)
     bias: bool = option(False, "biases in linear layers and layer norms")
     activation: Literal["gelu_tanh", "gelu"] = option(

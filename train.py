@@ -52,6 +52,7 @@ from nanosophia.distributed import (
 )
 from nanosophia.estimators import Estimator
 from nanosophia.evaluation import describe_loss, evaluate, evaluate_split
+from nanosophia.folder_lock import FolderLock
 from nanosophia.guard import (
     Guard,
     require_finite,
@@ -62,7 +63,6 @@ from nanosophia.metrics import Clock, Health, Recorder, measure
 from nanosophia.optimizers import build, settings_warnings
 from nanosophia.options import Config
 from nanosophia.resume import check_settings, describe_config, load_config, resolve, write_config
-from nanosophia.run_lock import RunLock
 from nanosophia.saver import Saver
 from nanosophia.summary import print_next_steps, print_sample, print_summary
 from nanosophia.tokenizer import get_tokenizer
@@ -280,7 +280,7 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
     if config.init_from not in ("resume", "auto"):  # a checkpoint may replace these values
         check_settings(config, sources)
     ranks = start_ranks(config.device)
-    with RunLock(out_dir) as lock:
+    with FolderLock(out_dir) as lock:
         # out_dir is made only after settings, data and weights have been checked (run_loop).
         if out_dir.is_dir() and not config.eval_only:
             on_main(ranks, lock.take, CheckpointError)
@@ -304,7 +304,7 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
             run_loop(run, data, lock, out_dir, first_step)
 
 
-def run_loop(run: Run, data: Dataset, lock: RunLock, out_dir: Path,
+def run_loop(run: Run, data: Dataset, lock: FolderLock, out_dir: Path,
                     first_step: int) -> None:
     """Takes the lock, opens saver and recorder, runs the loop, and closes them."""
     config, ranks = run.config, run.ranks

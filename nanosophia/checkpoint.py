@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,28 +36,38 @@ from nanosophia.distributed import (
     to_local,
     zeros_like_shards,
 )
-from nanosophia.files import fsync, write_text
+from nanosophia.files import fsync, open_file, remove, write_text
+from nanosophia.schemas import Manifest, State, read
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 FORMAT = 1  # of state.json
-_NAME = re.compile(r"step_(\d{8,})")
-TEMPORARY = ".partial"
+_NAME = re.compile(r"(step_\d{8,12})(\.corrupt\d*)?")
+TEMPORARY, CORRUPT = ".partial", ".corrupt"
 
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message says which and what to do."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint was read and is not what was written."""
+
+
 class Checkpoint(NamedTuple):
     """A verified checkpoint: its folder and what state.json holds."""
 
     folder: Path
-    state: dict
+    state: State
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Returns the whole parameters by name, on the CPU."""
         return self._tensors(MODEL, lambda name: not name[0].isdigit())
+
+    def model_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the whole parameters by name, without reading them."""
+        return {name: tuple(m.size) for name, m in read_metadata(self.folder).items()
+                if not name[0].isdigit()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Returns the optimizer's whole state as `flatten_state` names it, on the CPU."""
@@ -133,7 +144,7 @@ def _prepare_folder(partial: Path, model: dict, optimizer: dict, ranks: Ranks) -
     needed, free = own_bytes * ranks.world_size + (1 << 20), shutil.disk_usage(out_dir).free
     if free < needed:
         raise OSError(f"{needed >> 20} MiB are needed, {free >> 20} MiB of disk space are free")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)  # also a link that was planted there
     partial.mkdir()
 
 
@@ -182,66 +193,106 @@ def missing_parts(out_dir: Path, step: int) -> str:
     """Returns what a checkpoint lacks according to its manifest, read back; "" for nothing."""
     folder = out_dir / f"step_{step:08d}"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read(folder / MANIFEST, Manifest)
         lacking = [name for name, digest in manifest.items()
                    if (folder / name).stat().st_size != digest["size"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"checkpoint {folder} is not there as it was written: {error!r}"
+    except (OSError, ValueError) as error:
+        return f"checkpoint {folder} is not there as it was written: {error}"
     return f"checkpoint {folder}: {', '.join(lacking)} has another size" if lacking else ""
 
 
 def _val_loss(folder: Path) -> float | None:
     try:
-        return json.loads((folder / STATE).read_text()).get("val_loss")
+        return read(folder / STATE, State).get("val_loss")
     except (OSError, ValueError):
         return None
 
 
-def checkpoint_folders(out_dir: Path) -> list[Path]:
-    """Returns the checkpoint folders of a run, newest first, not yet verified."""
-    found = [p for p in out_dir.glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name)[1]), reverse=True)
+def checkpoint_folders(out_dir: Path, *, quarantined: bool = False) -> list[Path]:
+    """Returns the checkpoint folders of a run, newest first, not yet verified.
+
+    With `quarantined` also those renamed to `.corrupt` whose name no other has taken. Raises
+    CheckpointError where the run's folder is there and cannot be read.
+    """
+    try:
+        names = [entry.name for entry in os.scandir(out_dir) if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(error, out_dir) from error
+    found = {name: match for name in names if (match := _NAME.fullmatch(name))
+             and (not match[2] or (quarantined and match[1] not in names))}
+    order = sorted(found, key=lambda name: int(found[name][1].removeprefix("step_")), reverse=True)
+    return [out_dir / name for name in order]
 
 
 def load_latest(out_dir: Path, *, quarantine: bool = False) -> Checkpoint | None:
     """Returns the newest checkpoint that verifies, None where there is no checkpoint at all.
 
-    One that does not verify is passed over with a warning, and the one before is taken; with
-    `quarantine`, for the process that holds the run's lock, it is renamed to `.corrupt`. Raises
-    CheckpointError when none of several is left.
+    A damaged one is passed over with a warning, and the one before is taken; with `quarantine`, for
+    the process that holds the run's lock, it is renamed to `.corrupt`, and one of that name that
+    verifies after all gets its name back. Raises CheckpointError when none of several is intact, or
+    one cannot be read: then nothing is renamed.
     """
-    folders = checkpoint_folders(out_dir)
-    damaged = list(out_dir.glob("step_*.corrupt*"))
+    folders = checkpoint_folders(out_dir, quarantined=True)
     for folder in folders:
+        plain = folder.with_name(folder.name.partition(CORRUPT)[0])
         try:
-            return open_checkpoint(folder)
-        except CheckpointError as error:
-            if not folder.exists():
-                continue  # its trainer has removed it in the meantime
-            renamed = f"renamed to {_set_aside(folder, '.corrupt').name}, " if quarantine else ""
+            found = open_checkpoint(folder)
+        except DamagedCheckpoint as error:
+            if not folder.exists() or folder != plain:
+                continue  # its trainer has removed it in the meantime, or it is known to be damaged
+            renamed = f"renamed to {_set_aside(folder, CORRUPT).name}, " if quarantine else ""
             print(f"warning: {error}; {renamed}trying the one before", file=sys.stderr, flush=True)
-    if folders or damaged:
-        names = ", ".join(folder.name for folder in [*folders, *damaged])
+            continue
+        if folder != plain:
+            if quarantine:
+                found = found._replace(folder=folder.rename(plain))
+            print(f"note: {folder} is intact after all and is taken again", file=sys.stderr,
+                  flush=True)
+        return found
+    if folders:
+        names = ", ".join(folder.name for folder in folders)
         raise CheckpointError(f"no checkpoint in {out_dir} is intact ({names}); start again with "
                               "another --out_dir")
     return None
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Verifies every file of a checkpoint folder; raises CheckpointError naming the bad one."""
+    """Verifies every file of a checkpoint folder.
+
+    Raises DamagedCheckpoint where one was read and is not what was written, or is not there;
+    CheckpointError where one cannot be read.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read(folder / MANIFEST, Manifest)
         stray = {p.name for p in folder.glob("*.safetensors")} - manifest.keys()
         if stray or STATE not in manifest:
-            raise CheckpointError(f"{folder / MANIFEST} does not name {', '.join(stray) or STATE}")
-        for name, digest in manifest.items():
-            if file_digest(folder / name) != digest:
-                raise CheckpointError(f"{folder / name} does not match its checksum")
-        return Checkpoint(folder, json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{folder / MANIFEST} does not name "
+                                    f"{', '.join(stray) or STATE}")
+        for name, recorded in manifest.items():
+            entry = (folder / name).lstat()
+            if not stat.S_ISREG(entry.st_mode) or entry.st_size != recorded["size"] \
+                    or file_digest(folder / name) != recorded:
+                raise DamagedCheckpoint(f"{folder / name} does not match its checksum")
+        state = read(folder / STATE, State)
+        if folder.name.startswith("step_") and f"step_{state['step']:08d}" not in folder.name:
+            raise DamagedCheckpoint(f"{folder / STATE} is of step {state['step']}")
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {error.filename} is missing") \
+            from error
+    except OSError as error:
+        raise _unreadable(error, folder) from error
+    except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"checkpoint {folder} is damaged: {error!r}") from error
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {error}") from error
+    return Checkpoint(folder, state)
+
+
+def _unreadable(error: OSError, path: Path) -> CheckpointError:
+    return CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}; nothing "
+                           "was changed: mend that and run the same command again")
 
 
 def run_state(*, step: int, config: dict, model: dict, tokenizer: str, num_classes: int,
@@ -298,7 +349,7 @@ def _read_shards(folder: Path, tensors: dict[str, Tensor], *, no_dist: bool) -> 
 
 def file_digest(path: Path) -> dict:
     """Returns the size and sha256 of a file."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return dict(size=path.stat().st_size, sha256=digest)
 

@@ -1,24 +1,19 @@
 """Tokenises documents into train.bin, val.bin (raw uint16 token ids) and meta.json.
 
 The .bin files are nanoGPT's format: the ids of one document after the other, each followed by
-end-of-text. meta.json describes them, so that train.py can refuse data that does not fit.
-Memory is bounded by the largest document; the bytes are the same for any number of processes; a
-preparation that was killed continues where it last saved, and ends with the same bytes.
+end-of-text. meta.json describes them; files without it are no prepared folder. It is written last,
+so that a folder is finished all at once; a preparation that was killed, wherever that was,
+continues with the same command and ends with the same bytes.
 """
 
 import hashlib
 import json
 import os
-import re
 import signal
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import cache
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +22,10 @@ from tqdm import tqdm
 
 from nanosophia.configurator import Settings, option
 from nanosophia.documents import CorpusError, Documents
-from nanosophia.files import write_text
+from nanosophia.encoding import cut_in_two, encode_documents
+from nanosophia.files import create, fsync, reopen, write_text
+from nanosophia.folder_lock import FolderLock
+from nanosophia.schemas import META, PROGRESS, Meta, Progress, read
 from nanosophia.tokenizer import (
     EOT,
     FILE_NAME,
@@ -39,9 +37,8 @@ from nanosophia.tokenizer import (
 
 META_FORMAT = 1
 SPLITS = ("train", "val")
-BATCH_CHARACTERS = 1 << 19  # text handed to a worker at a time
 SAVE_TOKENS = 1 << 22  # tokens between two writes of progress.json
-PROGRESS = "progress.json"
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +46,16 @@ class PrepareSettings(Settings):
     """The options of every prepare script. `out_dir` defaults to the script's own folder."""
 
     out_dir: str = option("", "folder for train.bin, val.bin, meta.json; empty = beside the script")
-    num_proc: int = option(1, "tokenising processes", low=1)
+    num_proc: int = option(1, "tokenising processes, at most one per core", low=1)
+    block_size: int = option(1024, "shortest context that you will train with: each split must "
+                                   "hold a window of it", unit="tokens", low=1)
     verify: bool = option(False, "check sizes, ids and checksums of the prepared folder instead, "
                                  "and show a few documents")
+
+    def shaping(self) -> dict[str, str]:
+        """Returns every setting that shapes the result: all that are not named here."""
+        others = {"out_dir", "num_proc", "block_size", "verify", "streaming"}
+        return {key: str(value) for key, value in asdict(self).items() if key not in others}
 
 
 def prepare(settings: PrepareSettings, here: Path, documents: Callable[[], Documents],
@@ -61,60 +65,67 @@ def prepare(settings: PrepareSettings, here: Path, documents: Callable[[], Docum
     if settings.verify:
         print(verify(out_dir))
         return None
-    get_tokenizer(tokenizer)  # before a long download
-    try:
-        meta = write_corpus(documents(), out_dir, tokenizer, num_proc=settings.num_proc)
-    except KeyboardInterrupt:
-        raise CorpusError("interrupted; the same command continues where it stopped") from None
+    cores = os.cpu_count() or 1
+    if settings.num_proc > cores:
+        print(f"num_proc = {settings.num_proc}: this machine has {cores} cores, so {cores} are "
+              "used")
+    source = documents()
+    meta = write_corpus(source, out_dir, tokenizer, num_proc=min(settings.num_proc, cores),
+                        min_tokens=settings.block_size + 1,
+                        settings=settings.shaping() | {"script": here.name})
     for split in meta["splits"].values():
         print(f"{out_dir / split['file']}: {split['documents']:,} documents, "
               f"{split['tokens']:,} tokens ({meta['tokenizer']})")
     return meta
 
 
-def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_proc: int = 1) -> dict:
+def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_proc: int = 1,
+                 min_tokens: int = 2, settings: dict[str, str] | None = None) -> Meta:
     """Tokenises the documents into `out_dir`; returns what meta.json holds.
 
-    Files get their names when complete; until then they and progress.json hold what is done, and
-    the same call continues it. Raises CorpusError when a split stays empty, the disk refuses, a
-    document cannot be read, or the folder holds unfinished work on other documents.
+    Until all is done the folder holds `*.partial` files and progress.json, from which the same call
+    continues; earlier files stay valid. `settings` are those that shape the result. Raises
+    CorpusError when a split has fewer than `min_tokens`, the disk refuses, a document cannot be
+    read, Ctrl-C was pressed, or the folder holds unfinished work of another command; LockError when
+    another process prepares it.
     """
     encoding = get_tokenizer(tokenizer)
     if encoding.n_vocab > 1 << 16:
         raise CorpusError(f"tokenizer {tokenizer} has {encoding.n_vocab} classes, more than the "
                           "65536 of uint16 ids")
     task = dict(source=documents.name, identity=documents.identity,
-                tokenizer_sha256=fingerprint(encoding))
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        splits, done = _open_splits(out_dir, task)
+                tokenizer_sha256=fingerprint(encoding), **(settings or {}))
+    with FolderLock(out_dir) as lock:
+        lock.take()
         try:
-            _fill(splits, documents, done, task, out_dir, tokenizer, num_proc)
-            for name in SPLITS:
-                if splits[name].documents == 0:
-                    raise CorpusError(f"no document for the {name} split in {documents.name}; give "
-                                      "more documents")
-            meta = dict(
-                format=META_FORMAT, source=documents.name, dtype="uint16", tokenizer=tokenizer,
-                tokenizer_sha256=task["tokenizer_sha256"], vocab_size=encoding.n_vocab,
-                eot_token=encoding.eot_token,
-                splits={name: split.describe() for name, split in splits.items()})
-        finally:
-            for split in splits.values():
-                split.file.close()
-        (out_dir / "meta.json").unlink(missing_ok=True)  # it describes the old files
-        if isinstance(encoding, FileEncoding):
-            write_text(out_dir / FILE_NAME, encoding.json)
-            meta["tokenizer"] = FILE_NAME
-        for split in splits.values():
-            os.replace(split.partial, split.path)
-        write_text(out_dir / "meta.json", json.dumps(meta, indent=1) + "\n")
-        (out_dir / PROGRESS).unlink(missing_ok=True)
-    except OSError as error:
-        raise CorpusError(f"cannot write to {out_dir}: {error.strerror}; what is done is kept: "
-                          "free some space and run the same command again, or give another "
-                          "--out_dir") from error
-    return meta
+            progress = _read_progress(out_dir, task)
+            if "meta" not in progress:
+                splits = {name: _SplitFile(out_dir / f"{name}.bin", progress["splits"].get(name))
+                          for name in SPLITS}
+                try:
+                    _fill(splits, documents, task, out_dir, tokenizer, num_proc)
+                    _check_lengths(splits, documents.name, min_tokens)
+                    meta = _describe(splits, task, tokenizer, encoding)
+                finally:
+                    for split in splits.values():
+                        split.file.close()
+                if isinstance(encoding, FileEncoding):
+                    with create(out_dir / (FILE_NAME + PARTIAL)) as file:
+                        file.write(encoding.json.encode())
+                        file.flush()
+                        os.fsync(file.fileno())
+                progress = dict(task=task, splits={}, meta=meta)
+                _write_json(out_dir / PROGRESS, progress)
+            _publish(out_dir, progress["meta"])
+        except OSError as error:
+            raise CorpusError(f"cannot write to {out_dir}: {error.strerror}; what is done is kept: "
+                              "mend that and run the same command again, or give another "
+                              "--out_dir") from error
+    return progress["meta"]
+
+
+def _write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class _SplitFile:
@@ -122,9 +133,9 @@ class _SplitFile:
 
     def __init__(self, path: Path, saved: dict | None):
         """Continues after what `saved`, an earlier `progress()`, counts; cuts off what follows."""
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.path, self.partial = path, path.with_name(path.name + PARTIAL)
         self.digest, self.tokens, self.documents = hashlib.sha256(), 0, 0
-        self.file: BinaryIO = open(self.partial, "r+b" if saved else "w+b")  # noqa: SIM115
+        self.file: BinaryIO = reopen(self.partial) if saved else create(self.partial)
         if saved:
             self.tokens, self.documents = saved["tokens"], saved["documents"]
             left = 2 * self.tokens
@@ -153,39 +164,98 @@ class _SplitFile:
         return dict(file=self.path.name, **self.progress(), sha256=self.digest.hexdigest())
 
 
-def _open_splits(out_dir: Path, task: dict) -> tuple[dict[str, _SplitFile], int]:
-    """Opens the split files, new or continued; returns them and how many documents they hold."""
-    saved = {}
-    if (out_dir / PROGRESS).is_file():
-        try:
-            progress = json.loads((out_dir / PROGRESS).read_text())
-            same, saved = progress["task"] == task, progress["splits"]
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise CorpusError(f"{out_dir} holds unfinished work on other documents ({PROGRESS}); "
-                              "remove that file to start again, or give another --out_dir")
-    splits = {name: _SplitFile(out_dir / f"{name}.bin", saved.get(name)) for name in SPLITS}
-    return splits, sum(split.documents for split in splits.values())
+def _read_progress(out_dir: Path, task: dict[str, str]) -> Progress:
+    """Returns the unfinished work that this task continues, or that of a new one."""
+    path, new = out_dir / PROGRESS, dict(task=task, splits={})
+    try:
+        progress = read(path, Progress)
+    except FileNotFoundError:
+        return new
+    except ValueError as error:
+        raise CorpusError(f"{path} is not what this script writes ({error}); remove it to start "
+                          "again, or give another --out_dir") from None
+    meta = progress.get("meta")
+    if meta is not None and (out_dir / META).is_file() and _read_meta(out_dir) == meta:
+        path.unlink()  # the kill came after the last rename
+        return new
+    if progress["task"] != task:
+        before = progress["task"]
+        differing = ", ".join(f"{key} = {before.get(key)}, now {task.get(key)}"
+                              for key in sorted(before.keys() | task) if before.get(key)
+                              != task.get(key) and key not in ("identity", "tokenizer_sha256"))
+        raise CorpusError(f"{out_dir} holds unfinished work of another command or other documents "
+                          f"({differing or 'files have changed'}); run that one, remove {PROGRESS} "
+                          "there to start again, or give another --out_dir")
+    for split in meta["splits"].values() if meta else ():
+        file = out_dir / split["file"]
+        partial = file.with_name(file.name + PARTIAL)
+        found = partial if partial.exists() else file  # renamed before a kill
+        if not found.is_file() or found.stat().st_size != 2 * split["tokens"]:
+            raise CorpusError(f"{found} is not what {path} says; remove {path.name} to start again")
+    return progress
 
 
-def _fill(splits: dict[str, _SplitFile], documents: Documents, done: int, task: dict,
-          out_dir: Path, tokenizer: str, num_proc: int) -> None:
-    """Appends every document from number `done` on, saving progress on the way and on errors."""
+def _describe(splits: dict[str, _SplitFile], task: dict, tokenizer: str, encoding) -> Meta:
+    return dict(
+        format=META_FORMAT, source=task["source"], dtype="uint16",
+        tokenizer=FILE_NAME if isinstance(encoding, FileEncoding) else tokenizer,
+        tokenizer_sha256=task["tokenizer_sha256"], vocab_size=encoding.n_vocab,
+        eot_token=encoding.eot_token,
+        splits={name: split.describe() for name, split in splits.items()})
+
+
+def _check_lengths(splits: dict[str, _SplitFile], source: str, min_tokens: int) -> None:
+    """Raises CorpusError, and leaves nothing behind, where a split cannot be trained on."""
+    for name, split in splits.items():
+        if split.tokens < min_tokens:
+            for s in splits.values():
+                s.partial.unlink(missing_ok=True)
+            (split.path.parent / PROGRESS).unlink(missing_ok=True)
+            raise CorpusError(
+                f"{source} gives {split.documents:,} documents of {split.tokens:,} tokens for the "
+                f"{name} split, a window needs block_size + 1 = {min_tokens:,}; give more text, "
+                "another split, or a smaller --block_size if you train with one")
+
+
+def _names(meta: Meta) -> list[str]:
+    files = [split["file"] for split in meta["splits"].values()]
+    return files + [FILE_NAME] * (meta["tokenizer"] == FILE_NAME)
+
+
+def _publish(out_dir: Path, meta: Meta) -> None:
+    """Gives the complete files their names; with meta.json, the last, the folder is finished."""
+    (out_dir / META).unlink(missing_ok=True)  # it describes the old files
+    fsync(out_dir)
+    for name in _names(meta):
+        partial = out_dir / (name + PARTIAL)
+        if partial.exists():  # else it was renamed before a kill
+            os.replace(partial, out_dir / name)
+    fsync(out_dir)
+    _write_json(out_dir / META, meta)
+    (out_dir / PROGRESS).unlink(missing_ok=True)
+
+
+def _fill(splits: dict[str, _SplitFile], documents: Documents, task: dict, out_dir: Path,
+          tokenizer: str, num_proc: int) -> None:
+    """Appends every document that is not there yet, saving progress on the way and on errors."""
     def tokens() -> int:
         return sum(split.tokens for split in splits.values())
 
     def save() -> None:
-        progress = dict(task=task, splits={n: split.progress() for n, split in splits.items()})
-        write_text(out_dir / PROGRESS, json.dumps(progress, indent=1) + "\n")
+        _write_json(out_dir / PROGRESS, dict(
+            task=task, splits={name: split.progress() for name, split in splits.items()}))
 
+    done = sum(split.documents for split in splits.values())
     if done:
         print(f"continuing after {done:,} documents and {tokens():,} tokens")
     last_saved, started, whole = tokens(), tokens(), True
-    encoded = _encoded(documents.read(done), tokenizer, num_proc)
+    batches = encode_documents(documents.read(done), tokenizer, num_proc)
+    if documents.val_share:
+        batches = cut_in_two(batches, documents.val_share)
     try:
-        with tqdm(total=documents.count, initial=done, unit=" documents", disable=None) as bar:
-            for split, n_documents, whole, ids in encoded:
+        with _ctrl_c_noted() as interrupted, \
+                tqdm(total=documents.count, initial=done, unit=" documents", disable=None) as bar:
+            for split, n_documents, whole, ids in batches:
                 splits[split].append(ids, n_documents)
                 rate = (tokens() - started) / max(1e-9, bar.format_dict["elapsed"])
                 bar.set_postfix_str(f"{tokens():,} tokens, {rate:,.0f}/s", refresh=False)
@@ -193,135 +263,70 @@ def _fill(splits: dict[str, _SplitFile], documents: Documents, done: int, task: 
                 if whole and tokens() - last_saved >= SAVE_TOKENS:
                     save()
                     last_saved = tokens()
+                if interrupted():
+                    raise CorpusError("interrupted; the same command continues where it stopped")
     except CorpusError:
         if whole:
             save()
         raise
     finally:
-        encoded.close()
+        batches.close()
 
 
-def _encoded(documents: Iterator[tuple[str, str]], tokenizer: str,
-             num_proc: int) -> Iterator[tuple[str, int, bool, bytes]]:
-    """Yields batches in order: split, number of documents that end in it, whether it ends with the
-    end of one, uint16 ids."""
-    batches = _batched(documents)
-    if num_proc == 1:
-        for split, texts, ended in batches:
-            yield split, sum(ended), ended[-1], _encode(tokenizer, texts, ended)
-        return
-    with ProcessPoolExecutor(num_proc, initializer=_exit_with_parent,
-                             initargs=(os.getpid(),)) as pool:
-        pending = deque()
-        try:
-            for split, texts, ended in batches:
-                pending.append((split, sum(ended), ended[-1],
-                                pool.submit(_encode, tokenizer, texts, ended)))
-                if len(pending) > 2 * num_proc:
-                    *facts, future = pending.popleft()
-                    yield *facts, future.result()
-            while pending:
-                *facts, future = pending.popleft()
-                yield *facts, future.result()
-        except BrokenProcessPool:
-            raise CorpusError("a tokenising process died (out of memory?); the same command "
-                              "continues; try a smaller --num_proc") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+@contextmanager
+def _ctrl_c_noted() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C is only noted: gives a function that says whether there was one.
 
-
-def _exit_with_parent(parent: int) -> None:
-    """Ends this worker soon after its parent was killed, instead of waiting for work forever.
-
-    Ctrl-C is handled by the parent.
+    A second one is a KeyboardInterrupt, which may hit anywhere, also where Python drops it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    noted = False
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+    def note(number: int, frame: object) -> None:
+        nonlocal noted
+        noted = True
+        signal.signal(number, signal.default_int_handler)
 
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str], list[bool]]]:
-    """Yields consecutive pieces of one split, about BATCH_CHARACTERS, and whether each ends its
-    document. An error of the source is raised after the batch of what it gave before."""
-    texts, ended, size, current, failed = [], [], 0, "", None
+    before = signal.signal(signal.SIGINT, note)
     try:
-        for split, text in documents:
-            for piece, ends in _pieces(text):
-                if texts and (split != current or size >= BATCH_CHARACTERS):
-                    yield current, texts, ended
-                    texts, ended, size = [], [], 0
-                current = split
-                texts.append(piece)
-                ended.append(ends)
-                size += len(piece)
-    except CorpusError as error:
-        failed = error
-    if texts:
-        yield current, texts, ended
-    if failed:
-        raise failed
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-# Between a non-space and a line break that a non-space follows, GPT-2's pattern (and NeoX's, the
-# same) always splits: both sides tokenise as they do together. The byte-level one does so anywhere.
-_CUT = re.compile(r"(?<=\S)\n(?=\S)")
-
-
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Yields a long document in parts that tokenise as the whole does; the last one is marked."""
-    start = 0
-    while len(text) - start > 2 * BATCH_CHARACTERS:
-        cut = _CUT.search(text, start + BATCH_CHARACTERS)
-        if cut is None:
-            break
-        yield text[start:cut.start()], False
-        start = cut.start()
-    yield text[start:], True
-
-
-@cache
-def _worker_tokenizer(name: str):
-    return get_tokenizer(name)
-
-
-def _encode(tokenizer: str, texts: list[str], ended: list[bool]) -> bytes:
-    """Returns uint16 ids of the pieces, with end-of-text after each that ends its document."""
-    encoding = _worker_tokenizer(tokenizer)
-    end = np.array([encoding.eot_token], dtype=np.uint16)
-    parts = []
-    for text, ends in zip(texts, ended, strict=True):
-        # Text that spells a special token is text, as with encode_ordinary.
-        try:
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates, replaced as encode_ordinary does
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
-        parts.append(ids.astype(np.uint16))
-        if ends:
-            parts.append(end)
-    return np.concatenate(parts).tobytes()
+def _read_meta(folder: Path) -> Meta:
+    """Returns meta.json; raises CorpusError where it is missing or not one."""
+    path = folder / META
+    try:
+        return read(path, Meta)
+    except FileNotFoundError:
+        raise CorpusError(f"{path} is missing, so {folder} is no prepared folder; prepare it") \
+            from None
+    except ValueError as error:
+        raise CorpusError(f"{path} is not what preparation writes ({error}); prepare the folder "
+                          "again") from None
 
 
 def verify(folder: Path, shown: int = 2) -> str:
     """Reads a prepared folder in full; returns a report with a few decoded documents.
 
     Raises CorpusError naming the file whose size, ids, checksum or number of documents differ from
-    meta.json.
+    meta.json, or whose tokenizer is another one.
     """
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        splits, vocab_size, eot = meta["splits"], meta["vocab_size"], meta["eot_token"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(f"{folder / 'meta.json'} is missing or damaged ({error!r}); prepare the "
-                          "folder again") from None
-    encoding = get_tokenizer(resolve_tokenizer(folder, meta["tokenizer"]))
-    lines = []
-    for recorded in splits.values():
+    meta = _read_meta(folder)
+    name = resolve_tokenizer(folder, meta["tokenizer"])
+    encoding = get_tokenizer(name)
+    facts = dict(tokenizer_sha256=fingerprint(encoding), vocab_size=encoding.n_vocab,
+                 eot_token=encoding.eot_token)
+    for key, value in facts.items():
+        if meta[key] != value:
+            raise CorpusError(f"the tokenizer {name} is not the one of {folder / META}: {key} is "
+                              f"{value}, not {meta[key]}; supply that tokenizer, or prepare the "
+                              "folder again")
+    lines = [f"tokenizer {name}: the one that made the files"]
+    for recorded in meta["splits"].values():
         path = folder / recorded["file"]
         if not path.is_file() or path.stat().st_size != 2 * recorded["tokens"]:
             raise CorpusError(f"{path} is missing or not of {2 * recorded['tokens']} bytes; "
@@ -330,10 +335,10 @@ def verify(folder: Path, shown: int = 2) -> str:
         digest, documents = hashlib.sha256(), 0
         for start in range(0, len(tokens), 1 << 22):
             block = np.asarray(tokens[start:start + (1 << 22)])
-            if block.max() >= vocab_size:
+            if block.max() >= encoding.n_vocab:
                 raise CorpusError(f"{path} holds id {block.max()} near position {start}, outside "
-                                  f"the vocabulary of {vocab_size}; prepare the folder again")
-            documents += int((block == eot).sum())
+                                  f"the vocabulary of {encoding.n_vocab}; prepare the folder again")
+            documents += int((block == encoding.eot_token).sum())
             digest.update(block)
         for key, value in (("sha256", digest.hexdigest()), ("documents", documents)):
             if recorded[key] != value:

@@ -7,7 +7,6 @@ a model.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from nanosophia.configurator import UserError
-from nanosophia.tokenizer import GPT2_CLASSES
+from nanosophia.schemas import META, PROGRESS, Meta, read
+from nanosophia.tokenizer import GPT2_CLASSES, resolve_tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Streams of random numbers that must not meet; part of the key of every generator.
@@ -58,46 +58,71 @@ class Dataset:
     note: str  # what the user should know, or ""
 
 
-def open_dataset(name: str, block_size: int) -> Dataset:
+def open_dataset(name: str, block_size: int, bare_tokens: str = "none") -> Dataset:
     """Opens the dataset called `name`: a folder under the project's data/, or a path.
 
+    A folder without meta.json is refused unless `bare_tokens`, "gpt2", says what its ids are.
     Raises DataError where a file is missing, contradicts meta.json, or is shorter than a window.
     """
     folder = DATA / name
     if not folder.is_dir() or ("/" in name and Path(name).is_dir()):
         folder = Path(name)
-    arrays = {}
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        if not path.is_file():
-            raise DataError(f"{path} not found; {_how_to_prepare(name)}")
-        size = path.stat().st_size
-        if size % 2:
-            raise DataError(f"{path} has an odd size of {size} bytes, so it is no file of uint16 "
-                            "ids; prepare it again")
-        if size // 2 <= block_size:
-            raise DataError(f"{path} holds {size // 2} tokens, a window needs block_size + 1 = "
-                            f"{block_size + 1}; lower block_size or prepare more data")
-        arrays[split] = np.memmap(path, dtype=np.uint16, mode="r")
-    meta_path = folder / "meta.json"
-    if meta_path.is_file():
-        meta = _read_meta(meta_path)
-        note = ""
-    else:
-        meta = dict(vocab_size=GPT2_CLASSES, tokenizer="gpt2", splits={})
-        note = f"{folder} has no meta.json: assumed to be GPT-2 tokens"
-    for split, tokens in arrays.items():
-        recorded = meta["splits"].get(split, {}).get("tokens", len(tokens))
-        if recorded != len(tokens):
-            raise DataError(f"{folder / split}.bin holds {len(tokens)} tokens but {meta_path} says "
-                            f"{recorded}; prepare the folder again")
-    tokenizer = meta["tokenizer"]
-    if (folder / tokenizer).suffix == ".json":  # a file that came with the data
-        tokenizer = str(folder / tokenizer)
-    fingerprint = {split: f"{len(tokens)} tokens, sampled sha256 " + _check_ids(
-        folder / f"{split}.bin", tokens, meta["vocab_size"]) for split, tokens in arrays.items()}
+    try:
+        meta, note = _describe(folder, name, bare_tokens)
+        arrays = {split: _map_tokens(folder / meta["splits"][split]["file"], name,
+                                     meta["splits"][split].get("tokens"), block_size)
+                  for split in ("train", "val")}
+        if "format" in meta and read(folder / META, Meta) != meta:
+            raise DataError(f"{folder} is being prepared anew at this moment; wait for it")
+        tokenizer = resolve_tokenizer(folder, meta["tokenizer"])
+        fingerprint = {split: f"{len(tokens)} tokens, sampled sha256 " + _check_ids(
+            Path(tokens.filename), tokens, meta["vocab_size"]) for split, tokens in arrays.items()}
+    except OSError as error:
+        raise DataError(f"{error.filename or folder} cannot be read: {error.strerror}; check its "
+                        "permissions and the disk") from error
     return Dataset(folder, arrays["train"], arrays["val"], meta["vocab_size"], tokenizer,
                    fingerprint, note)
+
+
+def _describe(folder: Path, name: str, bare_tokens: str) -> tuple[dict, str]:
+    """Returns what meta.json says, or what the user says of a folder without it, and a note."""
+    path = folder / META
+    try:
+        return read(path, Meta), ""
+    except ValueError as error:
+        raise DataError(f"{path} is not what preparation writes ({error}); prepare it again") \
+            from None
+    except FileNotFoundError:
+        pass
+    if (folder / PROGRESS).exists():
+        raise DataError(f"{folder} is not prepared to the end; run the same preparation again, "
+                        "which continues")
+    if not (folder / "train.bin").exists():
+        raise DataError(f"{folder / 'train.bin'} not found; {_how_to_prepare(name)}")
+    if bare_tokens != "gpt2":
+        raise DataError(f"{path} not found, so nothing says what the ids in train.bin are; prepare "
+                        "the folder again, or say --bare_tokens=gpt2 if GPT-2's tokenizer made "
+                        "them (nanoGPT's files)")
+    splits = {split: dict(file=f"{split}.bin") for split in ("train", "val")}
+    return (dict(vocab_size=GPT2_CLASSES, tokenizer="gpt2", splits=splits),
+            f"{folder} has no meta.json: GPT-2 tokens, as --bare_tokens says")
+
+
+def _map_tokens(path: Path, name: str, expected: int | None, block_size: int) -> np.ndarray:
+    """Returns a .bin file's ids, of which there must be `expected` if that is given."""
+    if not path.is_file():
+        raise DataError(f"{path} not found; {_how_to_prepare(name)}")
+    size = path.stat().st_size
+    if size % 2:
+        raise DataError(f"{path} has an odd size of {size} bytes, so it is no file of uint16 ids; "
+                        "prepare it again")
+    if expected is not None and size != 2 * expected:
+        raise DataError(f"{path} holds {size // 2} tokens but meta.json says {expected}; prepare "
+                        "the folder again")
+    if size // 2 <= block_size:
+        raise DataError(f"{path} holds {size // 2} tokens, a window needs block_size + 1 = "
+                        f"{block_size + 1}; lower block_size or prepare more data")
+    return np.memmap(path, dtype=np.uint16, mode="r")
 
 
 def _how_to_prepare(name: str) -> str:
@@ -105,23 +130,6 @@ def _how_to_prepare(name: str) -> str:
         return f"run python data/{name}/prepare.py"
     known = ", ".join(sorted(p.parent.name for p in DATA.glob("*/prepare.py")))
     return f"--dataset takes a prepared folder, or one of data/: {known}"
-
-
-def _read_meta(path: Path) -> dict:
-    try:
-        meta = json.loads(path.read_text())
-        if meta["dtype"] != "uint16":
-            raise DataError(f"{path}: dtype {meta['dtype']} is not uint16; prepare it again")
-        found = dict(vocab_size=int(meta["vocab_size"]), tokenizer=str(meta["tokenizer"]),
-                     splits={name: dict(split) for name, split in meta["splits"].items()})
-        if found["vocab_size"] < 1:
-            raise ValueError(f"vocab_size = {found['vocab_size']}")
-        return found
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise DataError(f"{path} is not what corpus.py writes ({error!r}); prepare it again") \
-            from None
 
 
 def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int, sample: int = 1 << 20) -> str:

@@ -24,6 +24,7 @@ class Documents:
     identity: str  # changes when the documents do, so that unfinished work is not mixed
     count: int | None  # None: not known beforehand
     read: Callable[[int], Iterator[tuple[str, str]]]  # (split, text) from document number n on
+    val_share: float = 0.0  # above 0: there is one document, whose last tokens are for validation
 
 
 def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],

@@ -57,7 +57,7 @@ def plan(config: Config) -> Plan:
     """Returns the counts of a config; nothing is allocated and no data is needed."""
     tokens, vocab_size = PUBLISHED_TOKENS.get(config.dataset), GPT2_CLASSES
     try:
-        data = open_dataset(config.dataset, config.block_size)
+        data = open_dataset(config.dataset, config.block_size, config.bare_tokens)
         tokens, vocab_size = len(data.train), data.vocab_size
     except DataError:
         pass

@@ -19,7 +19,7 @@ class Config(Settings, GPTConfig):
     """
 
     vocab_size: int = option(0, "rows of the embedding; 0 = the data's vocabulary rounded up to a "
-                                "multiple of 64 (GPT-2: 50304)", low=0)
+                                "multiple of 64 (GPT-2: 50304)", low=0, high=1 << 20)
 
     out_dir: str = option("out", "folder for checkpoints and metrics.jsonl; with a config file by "
                                  "default out/NAME, after the file's name", section="run")
@@ -56,6 +56,8 @@ class Config(Settings, GPTConfig):
 
     dataset: str = option(
         "openwebtext", "folder under data/, or a path, with train.bin and val.bin", section="data")
+    bare_tokens: Literal["none", "gpt2"] = option(
+        "none", "what the ids are where no meta.json says it; gpt2 for .bin files of nanoGPT")
     sampling: Literal["epochs", "random"] = option(
         "epochs", "every window once before any again, or nanoGPT's random places")
     batch_size: int = option(15, "sequences per micro-batch and rank", low=1)

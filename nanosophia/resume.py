@@ -5,11 +5,21 @@ checkpoint, a config file, a flag. Raises an error where they disagree.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from nanosophia.checkpoint import Checkpoint, CheckpointError, checkpoint_folders, load_latest
+import torch
+
+from model import GPT
+from nanosophia.checkpoint import (
+    STATE,
+    Checkpoint,
+    CheckpointError,
+    checkpoint_folders,
+    load_latest,
+)
 from nanosophia.configurator import (
     ConfigError,
     keys_in_section,
@@ -22,6 +32,7 @@ from nanosophia.distributed import Ranks, on_main, world_size
 from nanosophia.files import write_text
 from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
 from nanosophia.options import MODEL_KEYS, Config, padded_vocab_size
+from nanosophia.schemas import RunConfig, read
 from nanosophia.tokenizer import TokenizerError, get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, saved_model_config
 
@@ -126,7 +137,7 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     if not config.eval_only:
         check_settings(config, sources, checkpoint)
     notes += other_optimizers_settings(config, sources)
-    data = open_dataset(config.dataset, config.block_size)
+    data = open_dataset(config.dataset, config.block_size, config.bare_tokens)
     weights = None
     if checkpoint:
         _require_same_data(checkpoint, data, config)
@@ -136,6 +147,7 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         config = adopt_weight_shape(config, sources, asdict(weights.config))
         require_tokenizer(weights.tokenizer, data, config.init_from)
     config = resolve_vocab_size(config, sources, data)
+    _require_memory(config)
     if config.parallel == "fsdp" and ranks.world_size > 1 and config.sample_tokens:
         notes.append("no sample is drawn from a sharded model at the end; use sample.py")
     return Start(config, data, weights, checkpoint, [*notes, *filter(None, [data.note])])
@@ -187,6 +199,8 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
     try:
         return replace(config, **values), sorted(notes)
     except ConfigError as error:
+        if checkpoint and set(error.keys) & values.keys():
+            raise CheckpointError(f"{checkpoint.folder / STATE}: {error}") from None
         raise with_sources(error, sources) from None
 
 
@@ -194,9 +208,12 @@ def original_init_from(config: Config, notes: list[str]) -> Config:
     """With init_from=auto and no checkpoint yet, takes the weights that the run began from."""
     out_dir = Path(config.out_dir)
     try:
-        original = json.loads((out_dir / "config.json").read_text())["init_from"]
-    except (OSError, ValueError, KeyError, TypeError):
+        original = read(out_dir / "config.json", RunConfig)["init_from"]
+    except FileNotFoundError:
         return config
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{out_dir / 'config.json'} says what the run began from and cannot "
+                              f"be read ({error}); mend it, or give --init_from") from error
     if original in ("scratch", "resume", "auto"):
         return config
     notes.append(f"{out_dir} has no checkpoint yet; beginning again from {original}")
@@ -239,12 +256,27 @@ def require_tokenizer(name: str, data: Dataset, model: object) -> None:
     try:
         of_model, of_data = (get_tokenizer(n).encode_ordinary(TOKENIZER_PROBE)
                              for n in (name, data.tokenizer))
-    except TokenizerError:
-        return  # one of them is not available, so it cannot be known
+    except TokenizerError as error:
+        raise DataError(f"{model} was trained with tokenizer {name}, {data.folder} was tokenized "
+                        f"with {data.tokenizer}, and these cannot be compared: {error}") from None
     if of_model != of_data:
         raise DataError(f"{model} was trained with tokenizer {name}, {data.folder} was tokenized "
                         f"with {data.tokenizer}: the same ids mean other text; prepare the data "
                         "with the model's tokenizer")
+
+
+def _require_memory(config: Config) -> None:
+    """Raises ConfigError where this machine cannot hold the parameters: its system would kill it.
+
+    Parameters are made in host memory, also for a GPU.
+    """
+    with torch.device("meta"):
+        needed = 4 * GPT(config.model).num_params(non_embedding=False)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ConfigError(f"the model's parameters take {needed / 2**30:,.0f} GiB, this machine "
+                          f"has {there / 2**30:,.0f} GiB; lower n_layer, n_embd or vocab_size",
+                          "n_layer", "n_embd", "vocab_size")
 
 
 def write_config(config: Config) -> None:

@@ -1,7 +1,6 @@
 """Saves a run's checkpoints in a thread while training goes on; the last one must succeed."""
 
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from nanosophia.checkpoint import (
     missing_parts,
 )
 from nanosophia.distributed import Ranks, host_copy, new_gloo_group, on_main
+from nanosophia.files import remove
 
 FAILURES_ALLOWED = 2  # in a row, while an older checkpoint is there
 # Seconds between attempts at the last save; torchrun kills the ranks 30 s after a signal.
@@ -51,7 +51,7 @@ class Saver:
         self._failures, self._warned_slow = 0, False
         if ranks.is_main:
             for left in out_dir.glob(f"step_*{TEMPORARY}"):  # of a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+                remove(left)
 
     def save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict) -> None:
         """Copies the state to host memory and starts to write the checkpoint of state["step"].

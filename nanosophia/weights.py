@@ -3,7 +3,6 @@
 Nothing in a file is executed. Does not depend on training.
 """
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -15,14 +14,18 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from nanosophia.checkpoint import (
+    STATE,
     Checkpoint,
     CheckpointError,
     checkpoint_folders,
     load_latest,
     open_checkpoint,
 )
+from nanosophia.configurator import ConfigError
+from nanosophia.files import read_bytes
 from nanosophia.options import Config
-from nanosophia.tokenizer import GPT2_CLASSES
+from nanosophia.schemas import TransformersConfig, read
+from nanosophia.tokenizer import FILE_NAME, GPT2_CLASSES
 
 
 class Weights(NamedTuple):
@@ -57,10 +60,14 @@ def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
     """
     if which == "best":
         try:
-            found = open_checkpoint(out_dir / (out_dir / "best").read_text().strip())
+            name = read_bytes(out_dir / "best").decode(errors="replace").strip()
         except OSError as error:
             raise CheckpointError(f"{out_dir} names no best checkpoint ({error.strerror}); leave "
                                   "--checkpoint=newest") from error
+        if out_dir / name not in checkpoint_folders(out_dir):
+            raise CheckpointError(f"{out_dir / 'best'} names no checkpoint that is there; leave "
+                                  "--checkpoint=newest")
+        found = open_checkpoint(out_dir / name)
     else:
         found = load_latest(out_dir)
     if found is None:
@@ -72,8 +79,8 @@ def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
 def saved_model_config(found: Checkpoint) -> GPTConfig:
     """Returns the model's settings that a checkpoint was trained with.
 
-    Raises CheckpointError where it has one that this code does not know: the model could not be the
-    same.
+    Raises CheckpointError where it has one that this code does not know, since the model could not
+    be the same, where one is out of range, and where the tensors are not those of such a model.
     """
     saved, known = found.state["config"], {f.name for f in fields(GPTConfig)}
     recorded = found.state.get("model")
@@ -86,7 +93,32 @@ def saved_model_config(found: Checkpoint) -> GPTConfig:
         named = ", ".join(f"{key} = {(saved | recorded)[key]!r}" for key in sorted(unknown))
         raise CheckpointError(f"{found.folder} was trained with {named}, which this code does not "
                               "know; use the code that trained it")
-    return GPTConfig(**recorded)
+    config = _model_config(str(found.folder / STATE), recorded)
+    if found.state["num_classes"] > config.vocab_size:
+        raise CheckpointError(f"{found.folder / STATE}: num_classes = {found.state['num_classes']} "
+                              f"is more than vocab_size = {config.vocab_size}")
+    _check_shapes(str(found.folder), config, found.model_shapes())
+    return config
+
+
+def _model_config(source: str, settings: dict) -> GPTConfig:
+    """Returns settings read from a file; raises CheckpointError where one is out of range."""
+    try:
+        return Config(**settings, init_from="resume").model
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+
+
+def _check_shapes(source: str, config: GPTConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError unless a model's parameters have these shapes; allocates nothing."""
+    with torch.device("meta"):
+        needed = {name: x.shape for name, x in GPT(config).state_dict().items()}
+    for name in sorted(needed.keys() | shapes):
+        here, there = needed.get(name), shapes.get(name)
+        if here != there:
+            words = ["absent" if s is None else f"of shape {tuple(s)}" for s in (there, here)]
+            raise CheckpointError(f"{source} holds other weights than its settings say: {name} is "
+                                  f"{words[0]}, for such a model it is {words[1]}")
 
 
 def foreign_weights(source: str) -> Weights:
@@ -99,13 +131,15 @@ def foreign_weights(source: str) -> Weights:
     CheckpointError on anything else.
     """
     path = Path(source)
-    if path.suffix == ".pt":
-        return _nanogpt_weights(path)
     if checkpoint_folders(path):
         return run_weights(path)
-    if not path.is_dir():
-        path = _download(source)
-    return _transformers_weights(path)
+    if path.suffix == ".pt":
+        weights = _nanogpt_weights(path)
+    else:
+        weights = _transformers_weights(path if path.is_dir() else _download(source))
+    _check_shapes(weights.source, weights.config,
+                  {name: x.shape for name, x in weights.tensors.items()})
+    return weights
 
 
 def _nanogpt_weights(path: Path) -> Weights:
@@ -115,9 +149,8 @@ def _nanogpt_weights(path: Path) -> Weights:
         given = content["model_args"]
         sizes = {key: given[key] for key in ("n_layer", "n_head", "n_embd", "block_size",
                                              "vocab_size", "bias")}
-        if not (all(type(x) in (int, bool) for x in sizes.values())
-                and all(isinstance(x, Tensor) for x in tensors.values())):
-            raise TypeError("plain tensors and sizes")
+        if not all(isinstance(x, Tensor) for x in tensors.values()):
+            raise TypeError("plain tensors")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -127,9 +160,10 @@ def _nanogpt_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path} is refused: it does not load as plain weights "
                               f"({type(error).__name__}); nothing in it was executed") from error
     authors = "scale_attn_by_inverse_layer_idx" in given
-    config = GPTConfig(**sizes, activation="gelu_tanh" if authors else "gelu",
-                       scale_attn_by_inverse_layer_idx=bool(
-                           authors and given["scale_attn_by_inverse_layer_idx"]))
+    config = _model_config(str(path), sizes | dict(
+        activation="gelu_tanh" if authors else "gelu",
+        scale_attn_by_inverse_layer_idx=bool(
+            authors and given["scale_attn_by_inverse_layer_idx"])))
     # The head is tied to wte; older files also hold the causal mask of each layer.
     kept = {name: x.float() for name, x in tensors.items() if name != "lm_head.weight"
             and not (name.endswith(".attn.bias") and x.dim() == 4)}
@@ -145,39 +179,39 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 def _transformers_weights(folder: Path) -> Weights:
+    file = folder / "config.json"
+    files = sorted(folder.glob("*.safetensors"))
     try:
-        file = folder / "config.json"
-        config = json.loads(file.read_text()) if file.is_file() else {}
-        files = sorted(folder.glob("*.safetensors"))
-        if config.get("model_type") != "gpt2" or not files:
-            raise CheckpointError(
-                f"{folder} holds no GPT-2 in transformers' format (config.json of model_type gpt2 "
-                "and *.safetensors), and no checkpoint of this project; check the path")
-        width = config["n_embd"]
-        sizes = [config[key] for key in ("n_layer", "n_head", "n_embd", "n_positions",
-                                         "vocab_size")]
-        if not all(type(size) is int for size in sizes):
-            raise TypeError(f"sizes {sizes} are not whole numbers")
-        for key, supported in (("n_inner", (None, 4 * width)), ("layer_norm_epsilon", (1e-5,)),
-                            ("scale_attn_weights", (True,)), ("tie_word_embeddings", (True,)),
-                            ("activation_function", tuple(ACTIVATIONS))):
-            if (given := config.get(key, supported[0])) not in supported:
-                raise CheckpointError(f"{folder / 'config.json'}: {key} = {given!r} is not what "
-                                      f"model.py computes ({supported[0]!r})")
-        ours = GPTConfig(
-            n_layer=config["n_layer"], n_head=config["n_head"], n_embd=width,
-            block_size=config["n_positions"], vocab_size=config["vocab_size"],
-            bias=config.get("nanosophia_bias", True),
-            activation=ACTIVATIONS[config.get("activation_function", "gelu_new")],
-            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False))
-        found = {}
+        config = read(file, TransformersConfig) if files else None
+    except FileNotFoundError:
+        config = None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not of transformers' GPT-2: {error}") from error
+    if config is None:
+        raise CheckpointError(
+            f"{folder} holds no GPT-2 in transformers' format (config.json of model_type gpt2 and "
+            "*.safetensors), and no checkpoint of this project; check the path")
+    width = config["n_embd"]
+    for key, supported in (("n_inner", (None, 4 * width)), ("layer_norm_epsilon", (1e-5,)),
+                           ("scale_attn_weights", (True,)), ("tie_word_embeddings", (True,)),
+                           ("activation_function", tuple(ACTIVATIONS))):
+        if (given := config.get(key, supported[0])) not in supported:
+            raise CheckpointError(f"{file}: {key} = {given!r} is not what model.py computes "
+                                  f"({supported[0]!r})")
+    ours = _model_config(str(file), dict(
+        n_layer=config["n_layer"], n_head=config["n_head"], n_embd=width,
+        block_size=config["n_positions"], vocab_size=config["vocab_size"],
+        bias=config.get("nanosophia_bias", True),
+        activation=ACTIVATIONS[config.get("activation_function", "gelu_new")],
+        scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False)))
+    found = {}
+    try:
         for file in files:
             found |= load_file(file)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder} cannot be read as transformers' GPT-2: {error!r}") \
-            from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
     tensors = {}
     for name, x in found.items():
         name = "transformer." + name.removeprefix("transformer.")
@@ -185,7 +219,7 @@ def _transformers_weights(folder: Path) -> Weights:
                 (name.endswith("bias") and not ours.bias):
             continue  # causal masks; the head is tied to wte
         tensors[name] = (x.t() if name.endswith(TRANSPOSED) else x).float().contiguous()
-    file = folder / "tokenizer.json"
+    file = folder / FILE_NAME
     plain = config["vocab_size"] == GPT2_CLASSES or not file.exists()
     return Weights(str(folder), tensors, ours, "gpt2" if plain else str(file),
                    config["vocab_size"], {})

@@ -1,28 +1,43 @@
 """Checkpoints: complete or absent, verified, never a pickle."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+import sample
 import train
 from model import GPT, GPTConfig
 from nanosophia import checkpoint
-from nanosophia.checkpoint import CheckpointError, checkpoint_folders, load_latest, save
-from nanosophia.weights import foreign_weights
+from nanosophia.checkpoint import (
+    CheckpointError,
+    checkpoint_folders,
+    load_latest,
+    open_checkpoint,
+    run_state,
+    save,
+)
+from nanosophia.weights import foreign_weights, saved_model_config
+from tests.conftest import TINY
+
+
+def state(step):
+    return run_state(step=step, config={}, model={}, tokenizer="bytes", num_classes=257)
 
 
 def write(out_dir, step, keep=2):
     return save(out_dir, {"w": torch.full((4, 4), float(step))}, {"0.m": torch.arange(3.0)},
-                dict(step=step), keep)
+                state(step), keep)
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     write(tmp_path, 7)
     found = load_latest(tmp_path)
-    assert found.state == {"step": 7}
+    assert found.state == state(7)
     assert torch.equal(found.model_tensors()["w"], torch.full((4, 4), 7.0))
     assert torch.equal(found.optimizer_tensors()["0.m"], torch.arange(3.0))
 
@@ -63,6 +78,142 @@ def test_when_none_is_intact_nothing_is_loaded(tmp_path):
     for _ in range(2):  # a restart loop must not begin anew either
         with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
             load_latest(tmp_path, quarantine=True)
+
+
+@pytest.mark.trial(16)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("name", ["step_00000002", checkpoint.MANIFEST, checkpoint.MODEL,
+                                  checkpoint.STATE, "run"])
+def test_what_cannot_be_read_is_named_and_nothing_is_renamed(tmp_path, monkeypatch, name, number):
+    for step in (1, 2):
+        write(tmp_path / "run", step)
+    before = sorted(tmp_path.rglob("*"))
+    original = dict(open=os.open, scandir=os.scandir)
+
+    def refusing(which):
+        def call(path, *args, **kwargs):
+            newest = Path(path).parent.name == "step_00000002" and name == Path(path).name
+            if newest or name == Path(path).name == "run":
+                raise OSError(number, os.strerror(number), str(path))
+            return original[which](path, *args, **kwargs)
+        return call
+
+    for which in original:
+        monkeypatch.setattr(os, which, refusing(which))
+    if name == "step_00000002":  # the folder itself
+        monkeypatch.setattr(checkpoint, "read", refuse_folder(number))
+    with pytest.raises(CheckpointError, match=rf"{name}.* cannot be read: "
+                                              rf"{os.strerror(number)}; nothing was changed"):
+        load_latest(tmp_path / "run", quarantine=True)
+    monkeypatch.undo()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert load_latest(tmp_path / "run", quarantine=True).state["step"] == 2
+
+
+def refuse_folder(number):
+    def read(path, schema):
+        raise OSError(number, os.strerror(number), str(path.parent))
+    return read
+
+
+@pytest.mark.trial(16)
+def test_a_quarantined_checkpoint_that_is_intact_after_all_is_taken_again(tmp_path, capsys):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    corrupt = folder.rename(tmp_path / "step_00000002.corrupt")
+    assert load_latest(tmp_path).folder == corrupt  # a reader only looks
+    assert load_latest(tmp_path, quarantine=True).folder == folder
+    assert "is intact after all and is taken again" in capsys.readouterr().err
+    assert not corrupt.exists() and folder.exists()
+
+
+@pytest.mark.trial(16)
+@pytest.mark.parametrize("name", ["../victim", "/dev/zero", "pipe", "link", "..", "a/b", ""])
+def test_a_manifest_names_plain_files_alone(tmp_path, name):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
+    (tmp_path / "victim").write_text("precious")
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to("/dev/zero")
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest | {
+        name: dict(size=8, sha256="0" * 64)}))
+    assert load_latest(tmp_path).state["step"] == 1
+
+
+@pytest.mark.trial(16)
+@pytest.mark.parametrize("name", ["lock", "latest.partial", "best.partial", "config.json.partial",
+                                  "metrics.jsonl.partial", "step_00000003.partial",
+                                  "step_00000006.partial", "metrics.jsonl"])
+def test_a_run_writes_through_no_planted_link(tmp_path, tiny, capsys, name):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / ("folder" if "step" in name else "victim"))
+    try:
+        train.main(tiny())
+        assert name != "lock" and load_latest(tmp_path / "run").state["step"] == 6
+    except SystemExit as stopped:
+        assert name == "lock" and stopped.code == 2
+        assert "cannot write to --out_dir" in capsys.readouterr().err
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["kept"]
+
+
+EDITS = [
+    (dict(step=-5), "step: Input should be greater than or equal to 0"),
+    (dict(step=True), "step: Input should be a valid integer"), (dict(step=4), "is of step 4"),
+    (dict(step="6"), "step: Input"), (dict(step=10**15), "step: Input"),
+    (dict(format=2), "format: Input should be 1"), (dict(tally={}), "tally.steps: Field required"),
+    (dict(tally=[]), "tally: Input"), (dict(tally=dict(steps=-1, clipped=0.0)), "tally.steps"),
+    (dict(tally=dict(steps=1, clipped="x")), "tally.clipped"), (dict(config=5), "config: Input"),
+    (dict(config=dict(seed=[])), "config.seed"), (dict(guard=dict(in_a_row=[1])), "guard.in_a_row"),
+    (dict(guard=None), "guard: Input"), (dict(data=[1]), "data: Input"),
+    (dict(tokenizer=None), "tokenizer: Input"), (dict(num_classes=0), "num_classes: Input"),
+    (dict(num_classes=10**9), "num_classes = 1000000000 is more than vocab_size"),
+    (dict(world_size=0), "world_size"), (dict(val_loss="x"), "val_loss"),
+    (dict(model=dict(n_layer=10**9)), "n_layer = 1000000000 must be at most 1000"),
+    (dict(model=dict(n_layer="2")), "n_layer = '2' is not a whole number"),
+    (dict(model=dict(n_layer=3)), "transformer.h.2.attn.c_attn.weight is absent, for such a model"),
+    (dict(model=dict(n_embd=32)), "of shape (48, 16), for such a model it is of shape (96, 32)"),
+    (dict(model=dict(n_head=3)), "n_embd = 16 does not divide into n_head = 3"),
+    (dict(model=dict(activation="relu")), "activation = 'relu' is none of"),
+    (dict(model=dict(norm="rms")), "was trained with norm = 'rms', which this code"),
+    (dict(model=None), "model: Input"), ([], "Input should be an object"), (5, "Input should be"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir):
+    out_dir = tmp_path_factory.mktemp("trained") / "run"
+    train.main([*TINY, f"--dataset={data_dir}", f"--out_dir={out_dir}", "--keep_best=False"])
+    return out_dir
+
+
+@pytest.mark.trial(17)
+@pytest.mark.parametrize("edit, words", EDITS, ids=[words[:40] for _, words in EDITS])
+def test_an_edited_state_of_a_valid_checksum_is_refused_in_a_line(tmp_path, trained, refused, tiny,
+                                                                  edit, words):
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(run / "step_00000003")
+    folder = run / "step_00000006"
+    content = json.loads((folder / checkpoint.STATE).read_text())
+    if isinstance(edit, dict) and isinstance(edit.get("model"), dict):
+        edit = dict(model=content["model"] | edit["model"])
+    (folder / checkpoint.STATE).write_text(json.dumps(
+        content | edit if isinstance(edit, dict) else edit))
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest[checkpoint.STATE] = checkpoint.file_digest(folder / checkpoint.STATE)
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError) as error:
+        found = open_checkpoint(folder)
+        saved_model_config(found)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    line = refused(train.main, [f for f in tiny("--init_from=resume", "--max_iters=9")
+                                if not f.startswith("--n_")])
+    assert words in line or "is intact" in line
+    refused(sample.main, [f"--out_dir={run}", "--device=cpu"])
 
 
 @pytest.mark.trial(4)
@@ -126,7 +277,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     write(tmp_path, 1)
     folder = write(tmp_path, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", folder.name]
-    assert json.loads((folder / checkpoint.STATE).read_text()) == {"step": 1}
+    assert json.loads((folder / checkpoint.STATE).read_text()) == state(1)
 
 
 def test_optimizer_state_round_trips_and_keeps_new_hyperparameters():

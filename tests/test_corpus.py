@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nanosophia import corpus, files
 from nanosophia.corpus import verify, write_corpus
-from nanosophia.dataloader import open_dataset
+from nanosophia.dataloader import DataError, open_dataset
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents
+from nanosophia.folder_lock import LockError
 from nanosophia.tokenizer import EOT, TokenizerError, byte_lengths, fingerprint, get_tokenizer
 from tests.conftest import ROOT, listed
 
@@ -85,7 +87,7 @@ def test_the_pile_keeps_its_splits_and_its_tokenizer(tmp_path, tokenizer_json, r
             json.dumps({"text": f"the {name} cat {i}", "meta": {}}) + "\n" for i in range(count)))
     module, out = script("pile"), tmp_path / "out"
     flags = [f"--train={tmp_path}/train*.jsonl", f"--val={tmp_path}/val.jsonl",
-             f"--tokenizer={tokenizer_json}", f"--out_dir={out}"]
+             f"--tokenizer={tokenizer_json}", f"--out_dir={out}", "--block_size=4"]
     module.main(flags)
     tokenizer_json.unlink()
     assert (out / "tokenizer.json").is_file()
@@ -101,43 +103,164 @@ def test_the_pile_keeps_its_splits_and_its_tokenizer(tmp_path, tokenizer_json, r
         module.main, [f"--tokenizer={out / 'tokenizer.json'}", f"--out_dir={tmp_path / 'p'}"])
 
 
-def test_any_text_is_prepared_and_one_document_is_cut_in_two(tmp_path, refused):
-    (tmp_path / "one.txt").write_text("line\n" * 100)
+def test_any_text_is_prepared_and_its_share_is_for_validation(tmp_path, refused):
     module = script("text")
-    module.main([f"--input={tmp_path / 'one.txt'}", "--tokenizer=bytes", "--val_fraction=0.1",
-                 f"--out_dir={tmp_path / 'one'}"])
-    data = open_dataset(str(tmp_path / "one"), 4)
-    assert (len(data.train), len(data.val)) == (451, 51)
     (tmp_path / "many").mkdir()
     for i in range(12):
         (tmp_path / "many" / f"{i:02d}.txt").write_text(f"{i}")
-    documents = module.text_documents(str(tmp_path / "many"), 0.25)
-    assert [t for s, t in documents.read(0) if s == "val"] == ["3", "7", "11"]
-    few = module.text_documents(f"{tmp_path}/many/00.txt,{tmp_path}/many/01.txt", 0.01)
-    assert [s for s, _ in few.read(0)] == ["train", "val"]
+    for share, expected in ((0.25, "3 7 11"), (0.4, "2 4 7 9"), (0.5, "1 3 5 7 9 11"),
+                            (0.01, "11")):
+        documents = module.text_documents(str(tmp_path / "many"), share)
+        assert [t for s, t in documents.read(0) if s == "val"] == expected.split(), share
     assert "no input: give --input=FILES" in refused(
         module.main, [f"--out_dir={tmp_path / 'x'}", "--tokenizer=bytes"])
+    assert "val_fraction = 0.6 must be at most 0.5" in refused(
+        module.main, [f"--out_dir={tmp_path / 'x'}", "--val_fraction=0.6"])
 
 
-@pytest.mark.parametrize("text, train, val", [
-    ("x" * 1000, 901, 101),  # nowhere to cut: at the exact place
-    ("\n" + "x" * 999, 901, 101),  # a line break, but far from it
-    ("wording " * 125, 897, 105),  # after the last space before it
-    ("a line of text\n" * 67, 901, 106),  # after the last line break, though a space is nearer
-    ("ab", 2, 2)])
-def test_a_document_without_a_line_break_is_cut_near_the_exact_place(tmp_path, text, train, val):
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+@pytest.mark.parametrize("text", ["x" * 3000, "\n" + "x" * 2999, "wording " * 1000,
+                                  "a line of text\n" * 300, "世" * 1000, "ab"])
+def test_one_document_is_cut_in_two_at_a_token(tmp_path, request, monkeypatch, tokenizer, text):
+    if tokenizer == "gpt2":
+        request.getfixturevalue("gpt2_cache")
+    monkeypatch.setattr("nanosophia.encoding.BATCH_CHARACTERS", 300)
     (tmp_path / "one.txt").write_text(text)
-    script("text").main([f"--input={tmp_path / 'one.txt'}", "--tokenizer=bytes",
-                         "--val_fraction=0.1", f"--out_dir={tmp_path / 'out'}"])
+    documents = script("text").text_documents(str(tmp_path / "one.txt"), 0.1)
+    encoding = get_tokenizer(tokenizer)
+    ids = encoding.encode_ordinary(text)
+    if round(0.9 * len(ids)) == len(ids):  # a single token
+        with pytest.raises(CorpusError, match="of 1 tokens for the val split"):
+            write_corpus(documents, tmp_path / "out", tokenizer)
+        return
+    meta = write_corpus(documents, tmp_path / "out", tokenizer)
     data = open_dataset(str(tmp_path / "out"), 1)
-    assert (len(data.train), len(data.val)) == (train, val)  # an end-of-text each
+    cut, end = round(0.9 * len(ids)), [encoding.eot_token]
+    assert data.train.tolist() == ids[:cut] + end and data.val.tolist() == ids[cut:] + end
+    assert meta["splits"]["val"]["documents"] == 1 and verify(tmp_path / "out")
 
 
-def test_a_document_that_cannot_be_cut_in_two_is_refused(tmp_path, refused):
-    (tmp_path / "one.txt").write_text("x")
-    line = refused(script("text").main, [f"--input={tmp_path / 'one.txt'}", "--tokenizer=bytes",
-                                         f"--out_dir={tmp_path / 'out'}"])
-    assert "one document of 1 characters, too short" in line
+@pytest.mark.parametrize("content, words", [
+    (b"", "1 documents of 1 tokens"), (b"x", "needs block_size"), (b"x" * 9000, "val split")])
+def test_a_split_too_short_for_a_window_is_refused_and_leaves_nothing(tmp_path, refused, content,
+                                                                      words):
+    (tmp_path / "one.txt").write_bytes(content)
+    flags = [f"--input={tmp_path / 'one.txt'}", f"--out_dir={tmp_path / 'out'}",
+             "--tokenizer=bytes"]
+    line = refused(script("text").main, flags)
+    assert words in line and "give more text" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
+    if len(content) == 9000:
+        script("text").main([*flags, "--block_size=400"])
+        open_dataset(str(tmp_path / "out"), 400)
+
+
+@pytest.mark.parametrize("changed, words", [
+    ("--val_fraction=0.1", "val_fraction = 0.05, now 0.1"),
+    ("--tokenizer=gpt2", "tokenizer = bytes, now gpt2"),
+    ("--input=.", "input = ")])
+def test_what_continues_is_what_began(tmp_path, monkeypatch, refused, request, changed, words):
+    if "gpt2" in changed:
+        request.getfixturevalue("gpt2_cache")
+    (tmp_path / "in.jsonl").write_text("".join(
+        json.dumps({"text": f"document {i} " * 200}) + "\n" for i in range(60)))
+    (tmp_path / "in.txt").write_text("bad" * 1000)
+    module = script("text")
+    with open(tmp_path / "in.txt", "ab") as file:
+        file.write(b"\xff")  # read last, after the others were saved
+    flags = [f"--input={tmp_path}", "--tokenizer=bytes", f"--out_dir={tmp_path / 'out'}"]
+    assert "is not readable UTF-8" in refused(module.main, flags)
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(module.main, [*flags, changed])
+    assert "is not readable UTF-8" in refused(module.main, flags)  # the first one still continues
+
+
+def test_two_preparations_of_one_folder_are_refused_by_name(tmp_path):
+    def read(start):
+        yield from [("train", "a b"), ("val", "c d")]
+        with pytest.raises(LockError, match=f"{tmp_path} is in use by process {os.getpid()} on"):
+            write_corpus(listed([("train", "a"), ("val", "b")]), tmp_path, "bytes")
+
+    write_corpus(Documents("a list", "a list", 2, read), tmp_path, "bytes")
+    verify(tmp_path)
+
+
+class CutOff:
+    """Ends this process, as kill -9 does, at its n-th call that changes a file or waits for it."""
+
+    def __init__(self, monkeypatch, places):
+        self.calls, self.stop = 0, None
+        for module, name in places:
+            monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
+
+    def _counted(self, function):
+        def call(*args, **kwargs):
+            self.calls += 1
+            if self.calls == self.stop:
+                os._exit(9)
+            return function(*args, **kwargs)
+        return call
+
+    def run(self, stop, action) -> bool:
+        """Whether a child process that does it, cut off at call number `stop`, got to its end."""
+        child = os.fork()
+        if child == 0:
+            self.calls, self.stop = 0, stop
+            action()
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.trial(14)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_cut_off_at_any_call_a_preparation_is_the_old_one_unfinished_or_the_new(
+        tmp_path, monkeypatch, trials, tokenizer_json):
+    """A folder is prepared anew from other documents with another tokenizer."""
+    monkeypatch.setattr("nanosophia.encoding.BATCH_CHARACTERS", 64)
+    monkeypatch.setattr(corpus, "SAVE_TOKENS", 100)
+    old = listed([("train", "old " * 40), ("val", "former " * 9)], "old")
+    new = listed([("val" if i % 5 == 0 else "train", f"the cat {i} " * 9) for i in range(20)])
+    whole = write_corpus(new, tmp_path / "whole", str(tokenizer_json))
+    cut = CutOff(monkeypatch, [(os, "replace"), (os, "fsync"), (os, "unlink"), (os, "open"),
+                               (files, "create"), (corpus, "create"),
+                               (corpus._SplitFile, "append")])
+    points, seen, finished = 0, set(), False
+    while not finished:
+        folder = tmp_path / f"cut{points}"
+        before = write_corpus(old, folder, "bytes")
+        points += 1
+        finished = cut.run(points, lambda folder=folder: write_corpus(new, folder,
+                                                                      str(tokenizer_json)))
+        try:
+            open_dataset(str(folder), 8)
+            verify(folder)
+            meta = json.loads((folder / "meta.json").read_text())
+            assert meta in (before, whole)
+            seen.add(meta["source"])
+        except DataError as error:
+            assert "is not prepared to the end; run the same preparation again" in str(error)
+            seen.add("unfinished")
+        write_corpus(new, folder, str(tokenizer_json))
+        assert_same_files(tmp_path / "whole", folder)
+        verify(folder)
+    assert points > 30 and seen == {"old", "a list", "unfinished"}
+    trials(points)
+
+
+@pytest.mark.parametrize("name", ["lock", "progress.json.partial", "meta.json.partial",
+                                  "train.bin.partial", "val.bin.partial", "train.bin", "meta.json"])
+def test_nothing_is_written_through_a_planted_link(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(victim)
+    documents = listed([("train", "a b"), ("val", "c d")])
+    try:
+        write_corpus(documents, tmp_path / "out", "bytes")
+        assert name != "lock" and verify(tmp_path / "out")
+    except LockError as error:
+        assert name == "lock" and "cannot write to" in str(error)
+    assert victim.read_text() == "precious"
 
 
 def test_a_damaged_gpt2_file_is_refused_and_kept(tmp_path, monkeypatch):
@@ -161,7 +284,7 @@ def test_without_network_or_files_gpt2_says_how_to_supply_them(tmp_path, monkeyp
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_files_hold_each_document_and_end_of_text_in_order(tmp_path, monkeypatch, num_proc):
-    monkeypatch.setattr("nanosophia.corpus.BATCH_CHARACTERS", 50)
+    monkeypatch.setattr("nanosophia.encoding.BATCH_CHARACTERS", 50)
     documents = [("val" if i % 7 == 3 else "train", f"document {i} " * (i % 5)) for i in range(60)]
     meta = write_corpus(listed(documents), tmp_path, "bytes", num_proc=num_proc)
     assert json.loads((tmp_path / "meta.json").read_text()) == meta
@@ -174,11 +297,12 @@ def test_files_hold_each_document_and_end_of_text_in_order(tmp_path, monkeypatch
         assert said["documents"] == sum(s == split for s, _ in documents)
         assert said["sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
     assert meta["tokenizer_sha256"] == fingerprint(get_tokenizer("bytes"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "meta.json", "train.bin",
+                                                         "val.bin"]
 
 
 def test_a_long_document_in_pieces_tokenises_as_a_whole(tmp_path, monkeypatch, gpt2_cache):
-    monkeypatch.setattr("nanosophia.corpus.BATCH_CHARACTERS", 40)
+    monkeypatch.setattr("nanosophia.encoding.BATCH_CHARACTERS", 40)
     monkeypatch.setattr("nanosophia.corpus.SAVE_TOKENS", 1)
     text = (ROOT / "README.md").read_text() + "\n\n  x\n's\r\n don't\n1\n \n2" * 20
     write_corpus(listed([("train", text), ("val", "v"), ("train", text[::-1])]), tmp_path, "gpt2")
@@ -190,7 +314,7 @@ def test_a_long_document_in_pieces_tokenises_as_a_whole(tmp_path, monkeypatch, g
 
 def test_a_failing_source_keeps_what_is_done_and_the_next_run_ends_with_the_same_bytes(
         tmp_path, monkeypatch):
-    monkeypatch.setattr("nanosophia.corpus.BATCH_CHARACTERS", 64)
+    monkeypatch.setattr("nanosophia.encoding.BATCH_CHARACTERS", 64)
     documents = [("val" if i % 5 == 0 else "train", f"document {i} " * 9) for i in range(40)]
     write_corpus(listed(documents), tmp_path / "whole", "bytes")
 
@@ -203,7 +327,8 @@ def test_a_failing_source_keeps_what_is_done_and_the_next_run_ends_with_the_same
         write_corpus(source, tmp_path / "parts", "bytes")
     saved = json.loads((tmp_path / "parts" / "progress.json").read_text())["splits"]
     assert (saved["train"]["documents"], saved["val"]["documents"]) == (18, 5)
-    with pytest.raises(CorpusError, match="holds unfinished work on other documents"):
+    with pytest.raises(CorpusError, match="holds unfinished work of another command .*source = "
+                       "a list, now another"):
         write_corpus(listed(documents, "another"), tmp_path / "parts", "bytes")
     started = []
 
@@ -234,8 +359,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, num_proc
     """kill -9, up to ten times, then to the end; progress is saved often."""
     (tmp_path / "in.jsonl").write_text("".join(
         json.dumps({"text": f"document {i} " * 200}) + "\n" for i in range(3000)))
-    code = ("import sys\nfrom nanosophia import corpus, documents\n"
-            "corpus.SAVE_TOKENS = corpus.BATCH_CHARACTERS = 1 << 16\n"
+    code = ("import sys\nfrom nanosophia import corpus, documents, encoding\n"
+            "corpus.SAVE_TOKENS = encoding.BATCH_CHARACTERS = 1 << 16\n"
             "from pathlib import Path\n"
             "source = documents.local_documents(sys.argv[1], lambda n: lambda i: "
             "'val' if i % 9 == 4 else 'train')\n"
@@ -308,8 +433,6 @@ def test_lone_surrogates_of_web_dumps_are_replaced(tmp_path):
 def test_a_full_disk_is_reported_and_what_is_done_is_kept(tmp_path, monkeypatch):
     import errno
 
-    from nanosophia import corpus
-
     def full(self, ids, documents):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -319,9 +442,9 @@ def test_a_full_disk_is_reported_and_what_is_done_is_kept(tmp_path, monkeypatch)
 
 
 def test_an_empty_split_is_refused(tmp_path):
-    with pytest.raises(CorpusError, match="no document for the val split in a list"):
+    with pytest.raises(CorpusError, match="0 documents of 0 tokens for the val split"):
         write_corpus(listed([("train", "a")]), tmp_path, "bytes")
-    assert not (tmp_path / "train.bin").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -394,7 +517,7 @@ def test_a_local_folder_stands_in_for_the_hub(tmp_path, monkeypatch, gpt2_cache,
         "  dataset_size: 330\n---\n")
     module = script("openwebtext")
     module.main([f"--hub={tmp_path / 'hub'}", f"--out_dir={tmp_path / 'out'}",
-                 f"--streaming={streaming}"])
+                 f"--streaming={streaming}", "--block_size=1"])
     documents = hub_documents(str(tmp_path / "hub"), "train", module.validation_split,
                               streaming=streaming)
     assert texts(documents, 12) == rows[12:]
@@ -435,7 +558,10 @@ def test_the_full_openwebtext_is_checked_against_the_published_counts():
 def test_openwebtext_prepares_local_files(tmp_path, gpt2_cache, capsys, refused):
     (tmp_path / "in.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(20)))
     module = script("openwebtext")
-    module.main([f"--input={tmp_path / 'in.jsonl'}", f"--out_dir={tmp_path / 'out'}"])
+    flags = [f"--input={tmp_path / 'in.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
+    line = refused(module.main, flags)
+    assert "gives 19 documents of 57 tokens for the train split, a window needs block_size" in line
+    module.main([*flags, "--block_size=2"])
     assert "train.bin: 19 documents" in capsys.readouterr().out
     module.main([f"--out_dir={tmp_path / 'out'}", "--verify"])
     report = capsys.readouterr().out
@@ -448,7 +574,10 @@ def test_openwebtext_prepares_local_files(tmp_path, gpt2_cache, capsys, refused)
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda p: (p / "meta.json").unlink(), "meta.json is missing or damaged"),
+    (lambda p: (p / "meta.json").unlink(), "meta.json is missing, so .* is no prepared folder"),
+    (lambda p: change_meta(p, tokenizer_sha256="0" * 64), "tokenizer bytes is not the one of"),
+    (lambda p: change_meta(p, vocab_size=256), "vocab_size is 257, not 256"),
+    (lambda p: change_meta(p, splits={}), "not what preparation writes .splits.train: Field requi"),
     (lambda p: (p / "val.bin").unlink(), "val.bin is missing or not of"),
     (lambda p: (p / "train.bin").write_bytes((p / "train.bin").read_bytes()[:-2]), "train.bin is"),
     (lambda p: flip(p / "train.bin", 0), "train.bin: sha256 is"),
@@ -460,6 +589,11 @@ def test_verify_finds_what_is_wrong_by_file(tmp_path, spoil, words):
     spoil(tmp_path)
     with pytest.raises(CorpusError, match=words):
         verify(tmp_path)
+
+
+def change_meta(folder, **changes):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
 
 
 def flip(path, position):

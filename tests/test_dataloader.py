@@ -109,8 +109,10 @@ def test_data_that_changed_has_another_fingerprint(folder):
 def folder(tmp_path):
     """A valid prepared folder to spoil."""
     def meta(**changes):
-        splits = {split: dict(tokens=100) for split in ("train", "val")}
-        content = dict(vocab_size=257, tokenizer="bytes", dtype="uint16", splits=splits) | changes
+        splits = {split: dict(file=f"{split}.bin", tokens=100, documents=2, sha256="0" * 64)
+                  for split in ("train", "val")}
+        content = dict(format=1, vocab_size=257, eot_token=256, tokenizer="bytes", dtype="uint16",
+                       tokenizer_sha256="0" * 64, splits=splits) | changes
         (tmp_path / "meta.json").write_text(json.dumps(content))
     for split in ("train", "val"):
         (np.arange(100) % 50).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
@@ -118,11 +120,25 @@ def folder(tmp_path):
     return tmp_path, meta
 
 
-def test_a_bare_nanogpt_folder_loads_as_gpt2_tokens_and_says_so(folder):
+def test_files_that_no_meta_describes_are_refused_unless_the_user_says_what_they_are(folder):
     path, _ = folder
     (path / "meta.json").unlink()
-    data = open_dataset(str(path), 8)
+    with pytest.raises(DataError, match=r"nothing says what the ids .* --bare_tokens=gpt2"):
+        open_dataset(str(path), 8)
+    data = open_dataset(str(path), 8, "gpt2")
     assert (data.vocab_size, data.tokenizer) == (50257, "gpt2") and "no meta.json" in data.note
+    (path / "progress.json").write_text("{}")
+    with pytest.raises(DataError, match="is not prepared to the end; run the same preparation"):
+        open_dataset(str(path), 8, "gpt2")
+
+
+def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
+    path, _ = folder
+    def refuse(name, *args):
+        raise PermissionError(13, "Permission denied", str(name))
+    monkeypatch.setattr("nanosophia.schemas.read_bytes", refuse)
+    with pytest.raises(DataError, match="meta.json cannot be read: Permission denied"):
+        open_dataset(str(path), 8)
 
 
 def test_missing_data_says_how_to_prepare_it(refused):
@@ -132,21 +148,28 @@ def test_missing_data_says_how_to_prepare_it(refused):
     assert "--dataset takes a prepared folder, or one of data/: openwebtext, pile, stdlib" in line
 
 
+def shorten(path, meta):
+    (path / "val.bin").write_bytes(bytes(16))
+    splits = {split: dict(file=f"{split}.bin", tokens=tokens, documents=2, sha256="0" * 64)
+              for split, tokens in (("train", 100), ("val", 8))}
+    meta(splits=splits)
+
+
 @pytest.mark.trial(9)
 @pytest.mark.parametrize("spoil, words", [
     (lambda p, meta: (p / "val.bin").unlink(), "val.bin not found"),
     (lambda p, meta: (p / "train.bin").write_bytes(b"123"), "odd size of 3 bytes"),
     (lambda p, meta: (p / "train.bin").write_bytes(b""), "holds 0 tokens"),
-    (lambda p, meta: (p / "val.bin").write_bytes(bytes(16)), "window needs block_size + 1 = 9"),
+    (lambda p, meta: shorten(p, meta), "window needs block_size + 1 = 9"),
     (lambda p, meta: (p / "train.bin").write_bytes(bytes(80)), "holds 40 tokens but"),
     (lambda p, meta: meta(vocab_size=40), "holds id 49 at position 49, outside the"),
-    (lambda p, meta: meta(dtype="uint32"), "dtype uint32 is not uint16"),
-    (lambda p, meta: (p / "meta.json").write_text("{"), "not what corpus.py writes"),
-    (lambda p, meta: (p / "meta.json").write_text("{}"), "not what corpus.py writes"),
-    (lambda p, meta: (p / "meta.json").write_bytes(b"\xff"), "not what corpus.py writes"),
-    (lambda p, meta: meta(vocab_size="abc"), "not what corpus.py writes"),
-    (lambda p, meta: meta(vocab_size=-5), "not what corpus.py writes"),
-    (lambda p, meta: meta(splits={"train": 5}), "not what corpus.py writes"),
+    (lambda p, meta: meta(dtype="uint32"), "dtype: Input should be 'uint16'"),
+    (lambda p, meta: (p / "meta.json").write_text("{"), "not what preparation writes"),
+    (lambda p, meta: (p / "meta.json").write_text("{}"), "not what preparation writes"),
+    (lambda p, meta: (p / "meta.json").write_bytes(b"\xff"), "not what preparation writes"),
+    (lambda p, meta: meta(vocab_size="abc"), "not what preparation writes"),
+    (lambda p, meta: meta(vocab_size=-5), "not what preparation writes"),
+    (lambda p, meta: meta(splits={"train": 5}), "not what preparation writes"),
 ])
 def test_data_that_does_not_fit_is_refused_by_file(folder, spoil, words):
     spoil(*folder)

@@ -29,7 +29,7 @@ from nanosophia.checkpoint import (
 )
 from nanosophia.corpus import write_corpus
 from nanosophia.distributed import Ranks
-from nanosophia.run_lock import RunLock
+from nanosophia.folder_lock import FolderLock
 from nanosophia.saver import Saver
 from tests.conftest import ROOT, listed, run_train, torchrun
 from tests.faults import child
@@ -471,7 +471,7 @@ def test_a_real_limit_on_file_size_is_reported_and_the_old_checkpoint_stays(tiny
 
 @pytest.mark.trial(7)
 def test_a_folder_in_use_is_refused_and_a_dead_owners_is_not(tiny, tmp_path, refused):
-    with RunLock(tmp_path / "run") as lock:
+    with FolderLock(tmp_path / "run") as lock:
         lock.take()
         line = refused(train.main, tiny("--max_iters=2"))
         assert f"in use by process {os.getpid()} on " in line

@@ -127,10 +127,13 @@ def test_fine_tuning_starts_from_a_transformers_folder(gpt2_folder, tmp_path, ti
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (dict(model_type="llama"), "holds no GPT-2"), (dict(n_inner=7), "n_inner = 7 is not what"),
+    (dict(model_type="llama"), "model_type: Input should be 'gpt2'"),
+    (dict(n_inner=7), "n_inner = 7 is not what"),
     (dict(activation_function="relu"), "activation_function = 'relu'"),
     (dict(layer_norm_epsilon=1e-3), "layer_norm_epsilon = 0.001"),
-    (dict(n_embd=None), "cannot be read"), (dict(n_layer=3), "not those of such a model")])
+    (dict(n_embd=None), "n_embd: Input should be a valid integer"),
+    (dict(n_layer=10**9), "n_layer = 1000000000 must be at most 1000"),
+    (dict(n_layer=3), "other weights than its settings say: transformer.h.2.attn")])
 def test_a_foreign_folder_is_refused_in_words(gpt2_folder, tmp_path, refused, spoil, words):
     folder, _ = gpt2_folder
     config = json.loads((folder / "config.json").read_text()) | spoil

@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from nanosophia.configurator import command, load, option  # noqa: E402
 from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
+from nanosophia.tokenizer import get_tokenizer  # noqa: E402
 
 VAL_FRACTION, VAL_SEED = 0.0005, 2357  # nanoGPT's
 PUBLISHED = dict(documents=8_013_769, train=9_035_582_198, val=4_434_897)  # nanoGPT's README
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> None:
     def documents() -> Documents:
         if settings.input:
             return local_documents(settings.input, validation_split)
+        get_tokenizer("gpt2")  # a missing one fails before a long download
         return hub_documents(settings.hub, "train", validation_split, streaming=settings.streaming)
 
     meta = prepare(settings, HERE, documents, "gpt2")

@@ -18,6 +18,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from nanosophia.configurator import command, load, option  # noqa: E402
 from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
+from nanosophia.tokenizer import get_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class PileSettings(PrepareSettings):
 def pile_documents(settings: PileSettings) -> Documents:
     """Returns validation documents, then training documents, each with its split's name."""
     if settings.hub:
+        get_tokenizer(settings.tokenizer)  # a missing one fails before a long download
         parts = [hub_documents(settings.hub, hub_split, _all(split), streaming=settings.streaming)
                  for split, hub_split in (("val", settings.hub_val_split), ("train", "train"))]
     elif settings.train and settings.val:

@@ -41,7 +41,8 @@ def stdlib_documents() -> Documents:
             yield ("val" if bucket < VAL_PER_MILLE else "train"), text
 
     name = f"Python {platform.python_version()} standard library"
-    return Documents(name, f"{name}, {len(texts)} files", len(texts), read)
+    digest = hashlib.sha256(repr(texts).encode()).hexdigest()
+    return Documents(name, digest, len(texts), read)
 
 
 def _belongs(path: Path) -> bool:

@@ -1,0 +1,78 @@
+"""The lock of a folder: two processes must not train in it, or prepare it, at once."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from nanosophia.configurator import UserError
+from nanosophia.files import reopen
+
+_held = set()  # lock files of this process
+
+
+class LockError(UserError):
+    """A folder is in use by another process, or cannot be written to."""
+
+
+class FolderLock:
+    """Lets one process at a time write to a folder; a context, released on exit.
+
+    The operating system releases the lock with the process that holds it, however that ends.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._file = folder, None
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            _held.discard(self._file)
+            self._file.close()
+
+    def take(self) -> None:
+        """Makes the folder and takes the lock, unless this process holds it already.
+
+        Raises LockError when another process holds it, or the folder is not writable.
+        """
+        if self._file is not None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = reopen(self._folder / "lock", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        except OSError as error:
+            raise LockError(f"cannot write to --out_dir={self._folder}: {error.strerror}; "
+                            "give another one") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise LockError(f"{self._folder} is in use by {self._holder()}; wait for it, stop it, "
+                            "or give another --out_dir") from error
+        except OSError as error:  # a file system without locks
+            file.close()
+            raise LockError(f"{self._folder} cannot be locked: {error.strerror}; give an --out_dir "
+                            "on another file system") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+        self._file = file
+        _held.add(file)
+
+    def _holder(self) -> str:
+        try:
+            text = (self._folder / "lock").read_text(errors="replace").strip()
+        except OSError:
+            text = ""
+        return text if text.isprintable() and text else "another process"
+
+
+def _release_in_child() -> None:
+    """Closes a child's copies of the locks, with which it would hold them after its parent."""
+    for file in _held:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_release_in_child)

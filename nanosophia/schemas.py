@@ -1,0 +1,159 @@
+"""What the project's JSON files hold: one schema each, checked whenever a file is read.
+
+A file may be of another version, of another program, or changed by hand. What passes has the right
+types and ranges; keys that a schema does not name are kept and ignored. The settings of models and
+runs have their own limits, in `model.GPTConfig` and `options.Config`.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from nanosophia.files import read_bytes
+
+_KEEP_OTHERS = ConfigDict(extra="allow", allow_inf_nan=False)
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
+Value = bool | int | float | str | None
+META, PROGRESS = "meta.json", "progress.json"
+
+
+class FileDigest(TypedDict):
+    """A file's size in bytes and its checksum."""
+
+    size: Count
+    sha256: Sha256
+
+
+Manifest = dict[PlainName, FileDigest]  # manifest.json: the files of a checkpoint
+
+
+class Counters(TypedDict):
+    """The loop's counts since the last record."""
+
+    steps: Count
+    clipped: Annotated[float, Field(ge=0)]
+
+
+class GuardCounts(TypedDict):
+    """The counts of values that were not finite."""
+
+    in_a_row: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    refused: Count
+
+
+class State(TypedDict):
+    """state.json: all that a run needs beside its tensors to go on alike."""
+
+    __pydantic_config__ = _KEEP_OTHERS
+    format: Literal[1]
+    step: Annotated[int, Field(ge=0, lt=10**12)]
+    val_loss: NotRequired[float | None]
+    tally: Counters
+    guard: NotRequired[GuardCounts]
+    config: dict[str, Value]
+    model: NotRequired[dict[str, Value]]
+    data: dict[str, str]
+    tokenizer: str
+    num_classes: Annotated[int, Field(ge=1, lt=2**31)]
+    world_size: Annotated[int, Field(ge=1)]
+    versions: NotRequired[dict[str, str]]
+
+
+class RunConfig(TypedDict):
+    """config.json of a run: the settings that it was last started with."""
+
+    __pydantic_config__ = _KEEP_OTHERS
+    init_from: str
+
+
+class Split(TypedDict):
+    """One .bin file of a prepared folder."""
+
+    __pydantic_config__ = _KEEP_OTHERS
+    file: PlainName
+    tokens: Count
+    documents: Count
+    sha256: Sha256
+
+
+class Splits(TypedDict):
+    """The files of a prepared folder."""
+
+    train: Split
+    val: Split
+
+
+class Meta(TypedDict):
+    """meta.json: what the .bin files beside it are."""
+
+    __pydantic_config__ = _KEEP_OTHERS
+    format: Literal[1]
+    dtype: Literal["uint16"]
+    tokenizer: Annotated[str, Field(min_length=1)]
+    tokenizer_sha256: Sha256
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 16)]
+    eot_token: Count
+    splits: Splits
+
+
+class SplitProgress(TypedDict):
+    """What is on the disk of a .bin file."""
+
+    tokens: Count
+    documents: Count
+
+
+class Progress(TypedDict):
+    """progress.json: unfinished work. With `meta` the files are complete and await their names."""
+
+    task: dict[str, str]
+    splits: dict[Literal["train", "val"], SplitProgress]
+    meta: NotRequired[Meta]
+
+
+class TransformersConfig(TypedDict):
+    """config.json of transformers' GPT-2, of which other keys are checked where they are used."""
+
+    __pydantic_config__ = _KEEP_OTHERS
+    model_type: Literal["gpt2"]
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_positions: int
+    vocab_size: int
+    nanosophia_bias: NotRequired[bool]
+    scale_attn_by_inverse_layer_idx: NotRequired[bool]
+    activation_function: NotRequired[str]
+
+
+class Record(TypedDict):
+    """One line of metrics.jsonl."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    step: Count
+
+
+_adapter = cache(TypeAdapter)  # making one takes about a millisecond
+
+
+def parse(content: bytes, schema: Any) -> Any:
+    """Returns the JSON value that the bytes spell; raises ValueError, in one line, on another."""
+    try:
+        return _adapter(schema).validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError((f"{where}: " if where else "") + first["msg"]) from None
+
+
+def read(path: Path, schema: Any) -> Any:
+    """Returns what a JSON file holds.
+
+    Raises OSError when it cannot be read, ValueError when it was read and is not such a file.
+    """
+    return parse(read_bytes(path), schema)

@@ -14,6 +14,9 @@ second are always of wall time. --baseline repeats the command that wrote a --js
 with 1 where a ratio has grown.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import json
 import math
 import platform
@@ -32,7 +35,8 @@ from torch.nn.attention import SDPBackend
 
 import train
 from model import cross_entropy
-from nanosophia.configurator import ConfigError, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, load, option
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import Ranks, start_ranks, world_size
 from nanosophia.files import write_text

@@ -6,6 +6,9 @@
 Reads this project's runs, nanoGPT's ckpt.pt, and transformers' GPT-2 folders and names.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import itertools
 import sys
 from collections.abc import Iterator
@@ -18,7 +21,8 @@ from tqdm import tqdm
 
 from model import GPT
 from nanosophia.checkpoint import MANIFEST, CheckpointError
-from nanosophia.configurator import ConfigError, Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.distributed import start_ranks
 from nanosophia.generate import stream
 from nanosophia.tokenizer import EOT, TextStream, get_tokenizer

@@ -8,6 +8,9 @@ receives config.json, metrics.jsonl and checkpoints; --init_from=resume continue
 with the losses that an uninterrupted run would have had.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import math
 import signal
 import sys
@@ -29,7 +32,8 @@ from nanosophia.checkpoint import (
     run_state,
 )
 from nanosophia.chunked_loss import chunked_cross_entropy
-from nanosophia.configurator import Stopped, command
+from nanosophia.command import command
+from nanosophia.configurator import Stopped
 from nanosophia.dataloader import (
     Dataset,
     Prefetcher,
@@ -52,7 +56,7 @@ from nanosophia.distributed import (
 )
 from nanosophia.estimators import Estimator
 from nanosophia.evaluation import describe_loss, evaluate, evaluate_split
-from nanosophia.folder_lock import FolderLock
+from nanosophia.folder_lock import FolderLock, LockError
 from nanosophia.guard import (
     Guard,
     require_finite,
@@ -65,7 +69,6 @@ from nanosophia.options import Config
 from nanosophia.resume import check_settings, describe_config, load_config, resolve, write_config
 from nanosophia.saver import Saver
 from nanosophia.summary import print_next_steps, print_sample, print_summary
-from nanosophia.tokenizer import get_tokenizer
 from nanosophia.weights import Weights
 
 CPU_CHUNK_LOGITS = 6_000_000  # 24 MB, which malloc keeps (distributed._keep_freed_memory)
@@ -281,13 +284,15 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
         check_settings(config, sources)
     ranks = start_ranks(config.device)
     with FolderLock(out_dir) as lock:
-        # out_dir is made only after settings, data and weights have been checked (run_loop).
+        # Where there is no out_dir, it is made after settings, data and weights were checked.
         if out_dir.is_dir() and not config.eval_only:
-            on_main(ranks, lock.take, CheckpointError)
+            on_main(ranks, lock.take, LockError)
         start = resolve(config, sources, ranks)
         config, data = start.config, start.data
         run = build_run(config, ranks, data, start.weights)
         first_step = restore(run, start.checkpoint) if start.checkpoint else 0
+        if not config.eval_only:
+            on_main(ranks, lock.take, LockError)
         if ranks.is_main:
             print_summary(config, run.model, ranks, data, run.batches.batches.windows,
                           [*start.notes, *settings_warnings(config)])
@@ -298,20 +303,15 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
                 print(f"step {first_step}: {describe_loss(loss, data)}", flush=True)
         elif first_step >= config.max_iters:
             if ranks.is_main:
-                print(f"{start.checkpoint.folder} has all of max_iters = {config.max_iters} steps: "
+                print(f"{start.checkpoint.folder} is already at max_iters = {config.max_iters}: "
                       "nothing to train; raise --max_iters to go on")
         else:
-            run_loop(run, data, lock, out_dir, first_step)
+            run_loop(run, data, out_dir, first_step)
 
 
-def run_loop(run: Run, data: Dataset, lock: FolderLock, out_dir: Path,
-                    first_step: int) -> None:
-    """Takes the lock, opens saver and recorder, runs the loop, and closes them."""
+def run_loop(run: Run, data: Dataset, out_dir: Path, first_step: int) -> None:
+    """Opens saver and recorder, runs the loop, and closes them; the lock is held."""
     config, ranks = run.config, run.ranks
-    draws_sample = config.sample_tokens > 0 and not run.sharded
-    if draws_sample:
-        get_tokenizer(data.tokenizer)  # a missing one fails now, not after training
-    on_main(ranks, lock.take, CheckpointError)
     on_main(ranks, lambda: write_config(config), CheckpointError)
     saver = Saver(out_dir, ranks, keep=config.keep_checkpoints, keep_best=config.keep_best,
                   sharded=run.sharded)
@@ -327,7 +327,7 @@ def run_loop(run: Run, data: Dataset, lock: FolderLock, out_dir: Path,
         recorder.close()
         saver.close()
     if ranks.is_main:
-        if draws_sample:
+        if config.sample_tokens and not run.sharded:
             print_sample(config, run.model, data, ranks.device)
         print_next_steps(out_dir)
 

@@ -17,6 +17,9 @@ first reached the baseline's final loss. The results in --out_dir are comparison
 .png.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import json
 import math
 import sys
@@ -26,7 +29,8 @@ from typing import Literal
 
 from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec, by_name, mean, scaled_flags
-from nanosophia.configurator import ConfigError, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, load, option
 from nanosophia.files import write_text
 from nanosophia.options import Config
 

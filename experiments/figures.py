@@ -18,6 +18,9 @@ paper's sizes give. Finished runs are not repeated. The results in --out_dir are
 .svg and .png.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,7 +30,8 @@ from typing import Any, Literal
 from experiments.gamma import sweep_lr
 from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec, by_name, scaled_flags
-from nanosophia.configurator import command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import load, option
 from nanosophia.files import write_text
 
 # The small preset's settings in place of the paper's. A step has 240 times fewer tokens, so gamma

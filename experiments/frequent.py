@@ -6,6 +6,9 @@ Ids are renumbered by their frequency in the training split, and all rarer token
 The result trains like any prepared folder; it cannot be decoded to text.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import hashlib
 import json
 import sys
@@ -14,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosophia.configurator import ConfigError, Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.dataloader import open_dataset
 from nanosophia.files import write_text
 

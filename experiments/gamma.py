@@ -17,6 +17,9 @@ and corrects h for its bias: otherwise h would be smaller than in the config's o
 gamma too large for that. Finished runs in --out_dir are used again.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -25,7 +28,8 @@ from typing import Literal
 
 from experiments.compare import contender_flags
 from experiments.runs import Result, RunSettings, RunSpec, mean, scaled_flags
-from nanosophia.configurator import ConfigError, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, load, option
 from nanosophia.optimizers import OPTIMIZERS
 from nanosophia.options import Config
 

@@ -9,6 +9,9 @@ time on CUDA; the first call, which includes compilation, is always wall time. b
 training steps.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import json
 import sys
 from collections.abc import Callable
@@ -21,7 +24,8 @@ import torch
 from bench import environment, time_action
 from model import GPT
 from nanosophia.baselines import Lion
-from nanosophia.configurator import command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import load, option
 from nanosophia.controlled_gamma import ControlledSophia
 from nanosophia.distributed import start_ranks
 from nanosophia.files import write_text

@@ -11,17 +11,22 @@ which colour-blind readers can tell apart; runs differ in line style too, for pr
 matplotlib (requirements-dev.txt).
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import base64
 import html
 import io
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nanosophia.configurator import ConfigError, Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.files import write_text
+from nanosophia.metrics import read_records
+from nanosophia.schemas import RunConfig, read
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -56,13 +61,16 @@ class PlotSettings(Settings):
         if unknown:
             raise ConfigError(f"panels = {self.panels}: {', '.join(unknown) or 'nothing'} is none "
                               f"of {', '.join(PANELS)}", "panels")
+        if Path(self.file).suffix not in (".png", ".svg", ".pdf"):
+            raise ConfigError(f"file = {self.file} is not the name of a png, svg or pdf picture",
+                              "file")
 
 
 def read_metrics(run: Path) -> list[dict]:
     """Returns the records of a run's metrics.jsonl; raises ConfigError where it cannot be read."""
     path = run / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return read_records(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; give a folder that train.py wrote as "
                           "--runs=FOLDER") from None
@@ -71,7 +79,7 @@ def read_metrics(run: Path) -> list[dict]:
 def read_config(run: Path) -> dict:
     """Returns a run's settings; raises ConfigError where they cannot be read."""
     try:
-        return json.loads((run / "config.json").read_text())
+        return read(run / "config.json", RunConfig)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{run / 'config.json'} cannot be read: {error}; give a folder that "
                           "train.py wrote as --runs=FOLDER") from None
@@ -106,6 +114,7 @@ def pyplot():
             from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "nanosophia"
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     import matplotlib.pyplot as plt
     return plt
 

@@ -9,6 +9,9 @@ processor seconds of the process and its children, wall seconds, the largest res
 one process, and the most disk space used beyond the result.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import json
 import os
 import resource
@@ -22,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanosophia.configurator import Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import Settings, load, option
 
 ROOT = Path(__file__).resolve().parents[1]
 

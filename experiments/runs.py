@@ -24,6 +24,7 @@ from pathlib import Path
 from experiments.plot import read_config, read_metrics
 from nanosophia import dry_run, optimizers
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
+from nanosophia.files import reason
 from nanosophia.options import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,7 +249,7 @@ def _run(spec: RunSpec, folder: Path, ranks: int, threads: int, processes: "_Pro
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder}: {error.strerror}; give another --out_dir",
+        raise ConfigError(f"cannot write to {folder}: {reason(error)}; give another --out_dir",
                           "out_dir") from None
     log = _train(spec, folder, ranks, threads, processes)
     if (result := _finished(spec, folder)) is None:

@@ -6,6 +6,9 @@ The model is the 30M one with random weights, on the CPU. The methods take turns
 round. The table shows median tokens per second and the ratios to recomputing in each round.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +17,8 @@ from statistics import median
 import torch
 
 from model import GPT, GPTConfig
-from nanosophia.configurator import Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import Settings, load, option
 from nanosophia.generate import generate, sample_token
 
 

@@ -8,6 +8,9 @@
 The lists below hold every run that was made; this command wrote the tables of results/study.md.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import math
 import sys
 from collections import defaultdict
@@ -17,7 +20,8 @@ from pathlib import Path
 
 from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec
-from nanosophia.configurator import ConfigError, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, load, option
 from nanosophia.files import write_text
 
 MODEL = ("--n_layer=4", "--n_head=4", "--n_embd=96", "--block_size=128",

@@ -11,6 +11,9 @@ the curvature, and the theorem, which is about the eigenbasis, promises nothing.
 --out_dir are theory.svg and theory.md.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import math
 import sys
 from dataclasses import dataclass
@@ -21,7 +24,8 @@ from torch import Tensor
 
 from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
 from nanosophia.baselines import Lion
-from nanosophia.configurator import Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import Settings, load, option
 from nanosophia.files import write_text
 from sophia import Sophia
 

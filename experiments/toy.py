@@ -9,6 +9,9 @@ without momentum; GD and Adam (betas .9, .95) are torch's. The results in --out_
 toy.md.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import math
 import sys
 from collections.abc import Callable
@@ -20,7 +23,8 @@ from torch import Tensor
 
 from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
 from nanosophia.baselines import Lion
-from nanosophia.configurator import Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import Settings, load, option
 from nanosophia.files import write_text
 from sophia import Sophia
 

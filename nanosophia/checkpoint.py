@@ -36,7 +36,7 @@ from nanosophia.distributed import (
     to_local,
     zeros_like_shards,
 )
-from nanosophia.files import fsync, open_file, remove, write_text
+from nanosophia.files import fsync, open_file, reason, remove, write_text
 from nanosophia.schemas import Manifest, State, read
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
@@ -291,7 +291,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _unreadable(error: OSError, path: Path) -> CheckpointError:
-    return CheckpointError(f"{error.filename or path} cannot be read: {error.strerror}; nothing "
+    return CheckpointError(f"{error.filename or path} cannot be read: {reason(error)}; nothing "
                            "was changed: mend that and run the same command again")
 
 
@@ -361,4 +361,4 @@ def _set_aside(folder: Path, suffix: str) -> Path:
     try:
         return folder.rename(aside)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be renamed: {error.strerror}") from error
+        raise CheckpointError(f"{folder} cannot be renamed: {reason(error)}") from error

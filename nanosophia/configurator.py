@@ -8,16 +8,12 @@ it says what, which value, where it came from, and what to do. Does not import t
 
 import ast
 import difflib
-import functools
 import math
 import operator
-import os
-import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 
 class UserError(ValueError):
@@ -97,7 +93,7 @@ def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
     key and exits. Raises ConfigError.
     """
     if any(a in ("-h", "--help") for a in argv):
-        print(help_text(cls, usage))
+        print(help_text(cls, usage), flush=True)
         sys.exit(0)
     by_name = {f.name: f for f in fields(cls)}
     values, sources = {}, {}
@@ -139,7 +135,7 @@ def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
         raise ConfigError(f"config file {path} not found{hint}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", 1)
         raise ConfigError(f"{path}:{line}: not a Python assignment: {error}") from None
     names: dict[str, tuple[Any, int]] = {}
@@ -155,6 +151,7 @@ def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
     return {k: v for k, v in names.items() if not k.startswith("_")}
 
 
+LARGEST_NUMBER = 1e30
 _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
            ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
            ast.Pow: operator.pow}
@@ -176,7 +173,10 @@ def _evaluate(node: ast.expr, names: dict[str, tuple[Any, int]], where: str) -> 
             right = _number(_evaluate(node.right, names, where))
             if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
                 raise ArithmeticError("power out of bounds")
-            return _BINARY[type(node.op)](left, right)
+            value = _BINARY[type(node.op)](left, right)
+            if abs(value) > LARGEST_NUMBER:  # repeated squaring would never end
+                raise ArithmeticError(f"a number above {LARGEST_NUMBER:.0e}")
+            return value
     except (ArithmeticError, TypeError) as error:
         raise ConfigError(f"{where}: {error}") from None
     raise ConfigError(f"{where}: `{ast.unparse(node)}` is not a literal, arithmetic or an earlier "
@@ -215,7 +215,7 @@ def _literal(f: Any, text: str) -> Any:
     if f.type in (int, float):
         try:
             return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             return text
     return text
 
@@ -243,6 +243,8 @@ def _check_range(f: Any, value: Any) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{f.name} = {value!r} is none of {', '.join(choices)}{hint}", f.name)
         return
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{f.name} = {value!r} holds a NUL character", f.name)
     if type(value) is not f.type:
         raise ConfigError(f"{f.name} = {value!r} is not {_TYPE_WORDS[f.type]}", f.name)
     if f.type is float and not math.isfinite(value):
@@ -285,47 +287,3 @@ def help_text(cls: type, usage: str) -> str:
 def _range_words(meta: dict) -> str:
     words = {"low": ">=", "above": ">", "high": "<=", "below": "<"}
     return " and ".join(f"{words[b]} {meta[b]:g}" for b in words if meta.get(b) is not None)
-
-
-def command(*, cleanup: Callable[[], None] | None = None) -> Callable:
-    """Decorates a command's main(argv), so that all commands end alike; always calls `cleanup`.
-
-    A UserError is printed as one line, with the rank where there are several; Ctrl-C exits with
-    130, a lack of memory with 1, a file that cannot be read or written with 2.
-    """
-    def decorate(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-        @functools.wraps(main)
-        def run(argv: list[str]) -> None:
-            try:
-                main(argv)
-            except UserError as error:
-                _exit(error.exit_code, error.prefix, str(error))
-            except KeyboardInterrupt:
-                _exit(130, "", "interrupted")
-            except BrokenPipeError:  # the reader, such as head, has gone
-                sys.stderr.close()  # else Python reports the pipe once more at its exit
-                raise SystemExit(128 + signal.SIGPIPE) from None
-            except OSError as error:
-                if error.filename is None:
-                    raise
-                _exit(2, "error: ", f"{error.filename}: {error.strerror}")
-            except RuntimeError as error:
-                if not (type(error).__name__ == "OutOfMemoryError"
-                        or "can't allocate memory" in str(error)):
-                    raise
-                _exit(1, "error: ", "out of memory; lower batch_size or the model's size")
-            finally:
-                if cleanup is not None:
-                    cleanup()
-
-        return run
-
-    return decorate
-
-
-def _exit(code: int, prefix: str, message: str) -> NoReturn:
-    rank = os.environ.get("RANK", "0")
-    if message:
-        print(prefix + (f"rank {rank}: " if rank != "0" else "") + message, file=sys.stderr,
-              flush=True)
-    raise SystemExit(code) from None

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from nanosophia.configurator import Settings, option
 from nanosophia.documents import CorpusError, Documents
 from nanosophia.encoding import cut_in_two, encode_documents
-from nanosophia.files import create, fsync, reopen, write_text
+from nanosophia.files import create, fsync, reason, reopen, write_text
 from nanosophia.folder_lock import FolderLock
 from nanosophia.schemas import META, PROGRESS, Meta, Progress, read
 from nanosophia.tokenizer import (
@@ -118,7 +118,7 @@ def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_pro
                 _write_json(out_dir / PROGRESS, progress)
             _publish(out_dir, progress["meta"])
         except OSError as error:
-            raise CorpusError(f"cannot write to {out_dir}: {error.strerror}; what is done is kept: "
+            raise CorpusError(f"cannot write to {out_dir}: {reason(error)}; what is done is kept: "
                               "mend that and run the same command again, or give another "
                               "--out_dir") from error
     return progress["meta"]

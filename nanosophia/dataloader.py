@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanosophia.configurator import UserError
+from nanosophia.files import reason
 from nanosophia.schemas import META, PROGRESS, Meta, read
 from nanosophia.tokenizer import GPT2_CLASSES, resolve_tokenizer
 
@@ -78,7 +79,7 @@ def open_dataset(name: str, block_size: int, bare_tokens: str = "none") -> Datas
         fingerprint = {split: f"{len(tokens)} tokens, sampled sha256 " + _check_ids(
             Path(tokens.filename), tokens, meta["vocab_size"]) for split, tokens in arrays.items()}
     except OSError as error:
-        raise DataError(f"{error.filename or folder} cannot be read: {error.strerror}; check its "
+        raise DataError(f"{error.filename or folder} cannot be read: {reason(error)}; check its "
                         "permissions and the disk") from error
     return Dataset(folder, arrays["train"], arrays["val"], meta["vocab_size"], tokenizer,
                    fingerprint, note)

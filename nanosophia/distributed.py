@@ -52,7 +52,15 @@ class Ranks:
 
 def world_size() -> int:
     """Returns the number of ranks that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or int(text) < (name == "WORLD_SIZE"):
+        raise DeviceError(f"the environment has {name} = {text!r}, which is not a number of ranks; "
+                          "unset it, or start several ranks with torchrun")
+    return int(text)
 
 
 def start_ranks(device: str) -> Ranks:
@@ -63,7 +71,7 @@ def start_ranks(device: str) -> Ranks:
     if world_size() > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise DeviceError(f"WORLD_SIZE is {world_size()} but RANK, LOCAL_RANK or MASTER_ADDR is "
                           "not set; start several ranks with torchrun")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _from_environment("LOCAL_RANK", 0)
     place = _find_device(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -72,7 +80,7 @@ def start_ranks(device: str) -> Ranks:
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo",
                                 device_id=place if place.type == "cuda" else None)
-    return Ranks(int(os.environ.get("RANK", "0")), world_size(), place)
+    return Ranks(_from_environment("RANK", 0), world_size(), place)
 
 
 def _keep_freed_memory() -> None:
@@ -109,7 +117,7 @@ def _find_device(name: str, local_rank: int) -> torch.device:
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device = mps is not available here; use --device=cpu")
-    if device.type not in ("cpu", "mps"):
+    if device.type not in ("cpu", "mps") or device.index is not None:
         raise DeviceError(f"device = {name} is not supported; use auto, cpu, cuda, cuda:N or mps")
     return device
 

@@ -157,7 +157,7 @@ def _read_parquet(path: Path, column: str, skip: int) -> Iterator[str]:
                 if row >= skip:
                     yield _text(value.as_py(), column, f"{path}, row {row}")
                 row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}, after row {row}: unreadable: {error}") from None
 
 
@@ -196,7 +196,7 @@ def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[str]:
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorpusError(f"{where}: not a JSON object with {column!r}: {error}") from None
         yield _text(value, column, where)
 

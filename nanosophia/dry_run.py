@@ -8,6 +8,9 @@ memory: counts of parameters and optimizer state are those of the real ones. Act
 are computed; what the allocator, the kernels' workspaces and the process itself add is not in them.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from model import GPT
-from nanosophia.configurator import ConfigError, command, load
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, load
 from nanosophia.dataloader import DataError, open_dataset
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import build, check, with_own_defaults

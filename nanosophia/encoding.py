@@ -142,6 +142,11 @@ def _encode(tokenizer: str, texts: list[str], ended: list[bool]) -> bytes:
         except UnicodeEncodeError:  # lone surrogates, replaced as encode_ordinary does
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             ids = encoding.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:  # of tokenizers also a panic, which is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise CorpusError(f"tokenizer {tokenizer} fails on a text that begins "
+                              f"{text[:80]!r}: {error}") from None
         parts.append(ids.astype(np.uint16))
         if ends:
             parts.append(end)

@@ -69,6 +69,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def reason(error: OSError) -> str:
+    """Returns what the system says of an error."""
+    return error.strerror or str(error)
+
+
 def fsync(path: Path) -> None:
     """Waits until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from nanosophia.configurator import UserError
-from nanosophia.files import reopen
+from nanosophia.files import reason, reopen
 
 _held = set()  # lock files of this process
 
@@ -43,7 +43,7 @@ class FolderLock:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = reopen(self._folder / "lock", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         except OSError as error:
-            raise LockError(f"cannot write to --out_dir={self._folder}: {error.strerror}; "
+            raise LockError(f"cannot write to --out_dir={self._folder}: {reason(error)}; "
                             "give another one") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,7 +53,7 @@ class FolderLock:
                             "or give another --out_dir") from error
         except OSError as error:  # a file system without locks
             file.close()
-            raise LockError(f"{self._folder} cannot be locked: {error.strerror}; give an --out_dir "
+            raise LockError(f"{self._folder} cannot be locked: {reason(error)}; give an --out_dir "
                             "on another file system") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())

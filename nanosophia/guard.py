@@ -63,7 +63,7 @@ class Guard:
         _, ended, step, kind, bad_ranks, rank = map(int, report)
         if ended:
             where = f" on rank {rank}" if bad_ranks == 1 < self.ranks.world_size else ""
-            times = f" for the {self.limit + 1}th time in a row" if self.limit else ""
+            times = f", {self.limit + 1} times in a row" if self.limit else ""
             raise TrainingError(
                 f"step {step}: the {self.KINDS[kind]} is not finite{where}{times}; nothing was "
                 "updated. Continue the newest checkpoint with a lower learning_rate, longer "

@@ -8,6 +8,9 @@ AutoModelForCausalLM and AutoTokenizer. GPT-2 there always has biases: those tha
 written as zeros. Padding rows of the embedding are left out.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import itertools
 import json
 import shutil
@@ -20,8 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanosophia.checkpoint import CheckpointError, checkpoint_folders, run_state, save
-from nanosophia.configurator import ConfigError, Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.files import write_text
+from nanosophia.metrics import read_records
 from nanosophia.options import Config
 from nanosophia.tokenizer import EOT, bytes_to_unicode, get_tokenizer
 from nanosophia.weights import (
@@ -166,7 +171,7 @@ It continues text and has had no training to follow instructions or to avoid har
 
 def _records(run: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return read_records(run / "metrics.jsonl")
     except (OSError, ValueError):
         return []
 

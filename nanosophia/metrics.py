@@ -4,13 +4,13 @@ metrics.jsonl in the run's folder has one JSON object a line, in the order of `s
 that fails warns once and never stops training.
 """
 
+import contextlib
 import json
 import math
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nanosophia.distributed import full_tensor, sum_over_ranks
-from nanosophia.files import write_text
+from nanosophia.files import append_text, read_bytes, write_text
+from nanosophia.schemas import Record, parse
 
 # Dense bf16 peak in FLOP/s by a part of torch's device name; NVIDIA's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -35,7 +36,7 @@ class Clock:
     def __init__(self, done: int):
         self.start, self.done = time.perf_counter(), done
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves out the time that the context takes."""
         began = time.perf_counter()
@@ -108,7 +109,7 @@ class Recorder:
             return
         record = {k: v for k, v in record.items() if v is not None}
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
-        self._attempt("metrics.jsonl", self._append, json.dumps(finite) + "\n")
+        self._attempt("metrics.jsonl", append_text, self.path, json.dumps(finite) + "\n")
         if self.wandb:
             self._attempt("wandb", self.wandb.log, record, step=record["step"])
         if self.on_terminal:
@@ -122,8 +123,13 @@ class Recorder:
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
         if self.active:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
+            try:
+                with tqdm.external_write_mode(file=sys.stdout):
+                    print(text, flush=True)
+            except BrokenPipeError:  # whoever reads has seen enough
+                raise
+            except OSError as error:
+                self._give_up("standard output", error)
 
     def close(self) -> None:
         """Ends the bar and the wandb run."""
@@ -132,16 +138,10 @@ class Recorder:
             if self.wandb:
                 self._attempt("wandb", self.wandb.finish)
 
-    def _append(self, line: str) -> None:
-        with open(self.path, "a") as file:
-            file.write(line)
-
     def _forget_from(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text().splitlines(keepends=True)
-                if line.endswith("\n") and _step_of(line) < step]
-        write_text(self.path, "".join(kept))
+        if self.path.exists():
+            *lines, _ = read_bytes(self.path).decode(errors="replace").split("\n")
+            write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) < step))
 
     def _attempt(self, what: str, action, *args, **kwargs):
         if what in self.failed:
@@ -149,10 +149,15 @@ class Recorder:
         try:
             return action(*args, **kwargs)
         except Exception as error:  # whatever a logger does, training goes on
-            self.failed.add(what)
-            print(f"warning: recording to {what} failed and is off from now on: {error}",
-                  file=sys.stderr, flush=True)
+            self._give_up(what, error)
             return None
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        if what not in self.failed:
+            self.failed.add(what)
+            with contextlib.suppress(OSError):
+                print(f"warning: recording to {what} failed and is off from now on: {error}",
+                      file=sys.stderr, flush=True)
 
 
 class Health:
@@ -197,6 +202,21 @@ class Health:
         advice = "lower" if fraction > 0.5 else "raise"
         return {advice: f"{fraction:.0%} of the coordinates are unclipped, for {self.PATIENCE} "
                         f"records now; the paper's range is 10-50 %: {advice} gamma"}
+
+
+def read_records(path: Path) -> list[dict]:
+    """Returns the records of a metrics.jsonl, without a last line that a kill cut off.
+
+    Raises OSError when it cannot be read, ValueError naming the line that is no record.
+    """
+    *lines, _ = read_bytes(path).split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(parse(line, Record))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return records
 
 
 def _start_wandb(id_file: Path, **settings):

@@ -29,7 +29,7 @@ from nanosophia.configurator import (
 )
 from nanosophia.dataloader import DataError, Dataset, open_dataset
 from nanosophia.distributed import Ranks, on_main, world_size
-from nanosophia.files import write_text
+from nanosophia.files import reason, write_text
 from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
 from nanosophia.options import MODEL_KEYS, Config, padded_vocab_size
 from nanosophia.schemas import RunConfig, read
@@ -148,6 +148,8 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         require_tokenizer(weights.tokenizer, data, config.init_from)
     config = resolve_vocab_size(config, sources, data)
     _require_memory(config)
+    if config.sample_tokens and not config.eval_only:
+        get_tokenizer(data.tokenizer)  # a missing one fails now, not after training
     if config.parallel == "fsdp" and ranks.world_size > 1 and config.sample_tokens:
         notes.append("no sample is drawn from a sharded model at the end; use sample.py")
     return Start(config, data, weights, checkpoint, [*notes, *filter(None, [data.note])])
@@ -285,5 +287,5 @@ def write_config(config: Config) -> None:
         text = json.dumps(asdict(config), indent=1) + "\n"
         write_text(Path(config.out_dir) / "config.json", text)
     except OSError as error:
-        raise CheckpointError(f"cannot write to --out_dir={config.out_dir}: {error.strerror}; give "
+        raise CheckpointError(f"cannot write to --out_dir={config.out_dir}: {reason(error)}; give "
                               "another one") from error

@@ -5,6 +5,7 @@ types and ranges; keys that a schema does not name are kept and ignored. The set
 runs have their own limits, in `model.GPTConfig` and `options.Config`.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -69,6 +70,8 @@ class RunConfig(TypedDict):
 
     __pydantic_config__ = _KEEP_OTHERS
     init_from: str
+    total_batch_size: Annotated[int, Field(ge=1)]
+    block_size: Annotated[int, Field(ge=1)]
 
 
 class Split(TypedDict):
@@ -131,6 +134,26 @@ class TransformersConfig(TypedDict):
     activation_function: NotRequired[str]
 
 
+class NanoGPTArgs(TypedDict):
+    """The model's settings in a ckpt.pt of nanoGPT."""
+
+    __pydantic_config__ = _KEEP_OTHERS
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    bias: bool
+
+
+class NanoGPTCheckpoint(TypedDict):
+    """ckpt.pt of nanoGPT or of the authors' code, unpickled."""
+
+    __pydantic_config__ = _KEEP_OTHERS
+    model: dict[str, Any]
+    model_args: NanoGPTArgs
+
+
 class Record(TypedDict):
     """One line of metrics.jsonl."""
 
@@ -143,8 +166,17 @@ _adapter = cache(TypeAdapter)  # making one takes about a millisecond
 
 def parse(content: bytes, schema: Any) -> Any:
     """Returns the JSON value that the bytes spell; raises ValueError, in one line, on another."""
+    return _checked(content, _adapter(schema).validate_json)
+
+
+def check(value: object, schema: Any) -> Any:
+    """Returns a value that is of the schema; raises ValueError, in one line, on another."""
+    return _checked(value, _adapter(schema).validate_python)
+
+
+def _checked(value: Any, validate: Callable) -> Any:
     try:
-        return _adapter(schema).validate_json(content, strict=True)
+        return validate(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

@@ -9,6 +9,9 @@ the parts of the paper's Fig. 11 (instruction; context, question, answer); the w
 file's, since the figure shows only some of it. Without --data_dir the data come through `datasets`.
 """
 
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
 import json
 import random
 import statistics
@@ -23,7 +26,8 @@ from tqdm import tqdm
 
 from model import GPT
 from nanosophia.checkpoint import CheckpointError
-from nanosophia.configurator import ConfigError, Settings, command, load, option
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.distributed import start_ranks
 from nanosophia.files import write_text
 from nanosophia.generate import generate
@@ -110,7 +114,7 @@ def run(settings: SuperGlueSettings) -> dict[str, dict]:
     if weights is None:
         raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
     if weights.config.block_size <= ANSWER_TOKENS:
-        raise CheckpointError(f"a context of {weights.shape['block_size']} tokens has no room for "
+        raise CheckpointError(f"a context of {weights.config.block_size} tokens has no room for "
                               f"answers of {ANSWER_TOKENS}")
     model = weights.build()
     model.to(device).eval()
@@ -126,8 +130,9 @@ def read_rows(name: str, split: str, data_dir: str) -> list[dict]:
     if data_dir:
         path = Path(data_dir) / task.folder / f"{split}.jsonl"
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")
+                    if line.strip()]
+        except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{path} cannot be read: {reason}; it should be SuperGLUE's file",
                               "data_dir") from None

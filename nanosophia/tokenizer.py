@@ -14,10 +14,12 @@ import tempfile
 from pathlib import Path
 
 from nanosophia.configurator import UserError
+from nanosophia.files import read_bytes
 
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "bytes")
 FILE_NAME = "tokenizer.json"  # of a copy beside the data
+MOST_CLASSES = 1 << 20  # of a vocabulary
 GPT2_CLASSES = 50257  # of GPT-2's encoding, end-of-text included
 
 # tiktoken's cache names (sha1 of the address), the published files' names and their sha256, from
@@ -85,20 +87,25 @@ class FileEncoding:
                                  "install -r requirements.txt") from None
         try:
             if name.endswith(".json"):
-                self._tokenizer = Tokenizer.from_file(name)
+                self.json = read_bytes(Path(name)).decode()
+                self._tokenizer = Tokenizer.from_str(self.json)
             elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
                 self._tokenizer = Tokenizer.from_pretrained(name)
+                self.json = self._tokenizer.to_str()
             else:
                 raise TokenizerError(f"tokenizer {name!r} is none of {', '.join(NAMES)}, no path "
                                      "of a tokenizer.json and no hub name OWNER/NAME")
-        except TokenizerError:
-            raise
-        except Exception as error:  # tokenizers raises plain Exception
+        except BaseException as error:  # tokenizers raises Exception, and panics, which are none
+            if isinstance(error, TokenizerError | KeyboardInterrupt):
+                raise
             raise TokenizerError(f"tokenizer {name} could not be read ({error}); give the path of "
                                  "a tokenizer.json") from error
-        self.json = self._tokenizer.to_str()
         self._tokenizer.encode_special_tokens = True  # text that spells a special token is text
-        self.n_vocab = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.n_vocab = max(ids, default=0) + 1
+        if self.n_vocab > MOST_CLASSES:
+            raise TokenizerError(f"tokenizer {name} has an id of {self.n_vocab - 1}, above "
+                                 f"{MOST_CLASSES}; give another tokenizer.json")
         eot = self._tokenizer.token_to_id(EOT)
         if eot is None:
             raise TokenizerError(f"tokenizer {name} has no {EOT} to end documents with")

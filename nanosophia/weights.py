@@ -22,9 +22,15 @@ from nanosophia.checkpoint import (
     open_checkpoint,
 )
 from nanosophia.configurator import ConfigError
-from nanosophia.files import read_bytes
+from nanosophia.files import read_bytes, reason
 from nanosophia.options import Config
-from nanosophia.schemas import TransformersConfig, read
+from nanosophia.schemas import (
+    NanoGPTArgs,
+    NanoGPTCheckpoint,
+    TransformersConfig,
+    check,
+    read,
+)
 from nanosophia.tokenizer import FILE_NAME, GPT2_CLASSES
 
 
@@ -62,7 +68,7 @@ def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
         try:
             name = read_bytes(out_dir / "best").decode(errors="replace").strip()
         except OSError as error:
-            raise CheckpointError(f"{out_dir} names no best checkpoint ({error.strerror}); leave "
+            raise CheckpointError(f"{out_dir} names no best checkpoint ({reason(error)}); leave "
                                   "--checkpoint=newest") from error
         if out_dir / name not in checkpoint_folders(out_dir):
             raise CheckpointError(f"{out_dir / 'best'} names no checkpoint that is there; leave "
@@ -145,20 +151,21 @@ def foreign_weights(source: str) -> Weights:
 def _nanogpt_weights(path: Path) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = {name.removeprefix("_orig_mod."): x for name, x in content["model"].items()}
-        given = content["model_args"]
-        sizes = {key: given[key] for key in ("n_layer", "n_head", "n_embd", "block_size",
-                                             "vocab_size", "bias")}
-        if not all(isinstance(x, Tensor) for x in tensors.values()):
-            raise TypeError("plain tensors")
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of nanoGPT or of the authors' code: it "
-                              f"has no {error}") from error
+        raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
     except Exception as error:  # whatever a malformed or malicious file makes torch raise
         raise CheckpointError(f"{path} is refused: it does not load as plain weights "
                               f"({type(error).__name__}); nothing in it was executed") from error
+    try:
+        content = check(content, NanoGPTCheckpoint)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a checkpoint of nanoGPT or of the authors' code: "
+                              f"{error}") from error
+    tensors = {name.removeprefix("_orig_mod."): x for name, x in content["model"].items()}
+    if not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise CheckpointError(f"{path} holds something else than tensors as the model")
+    given = content["model_args"]
+    sizes = {key: given[key] for key in NanoGPTArgs.__required_keys__}
     authors = "scale_attn_by_inverse_layer_idx" in given
     config = _model_config(str(path), sizes | dict(
         activation="gelu_tanh" if authors else "gelu",
@@ -186,7 +193,7 @@ def _transformers_weights(folder: Path) -> Weights:
     except FileNotFoundError:
         config = None
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{file} cannot be read: {reason(error)}") from error
     except ValueError as error:
         raise CheckpointError(f"{file} is not of transformers' GPT-2: {error}") from error
     if config is None:

@@ -19,7 +19,11 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nanosophia.configurator import command, load, option  # noqa: E402
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
+from nanosophia.command import command  # noqa: E402
+from nanosophia.configurator import load, option  # noqa: E402
 from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
 from nanosophia.tokenizer import get_tokenizer  # noqa: E402

@@ -1,0 +1,289 @@
+"""Every command ends with one line for whatever its user can cause."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import sample
+import train
+from experiments import plot
+from nanosophia import dry_run, huggingface, superglue
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, read_config_file
+from nanosophia.documents import CorpusError, local_documents
+from nanosophia.metrics import Recorder, read_records
+from nanosophia.tokenizer import TokenizerError, get_tokenizer
+from tests.conftest import ROOT
+from tests.test_corpus import all_train, script, texts
+
+COMMANDS = {
+    "train.py": ["config/quickstart.py"], "sample.py": [], "bench.py": [],
+    "data/text/prepare.py": [], "data/pile/prepare.py": [], "data/openwebtext/prepare.py": [],
+    "data/stdlib/prepare.py": ["--out_dir=/dev/null/x"], "-m nanosophia.huggingface": [],
+    "-m nanosophia.superglue": [], "-m nanosophia.dry_run": ["config/quickstart.py"],
+    "-m experiments.plot": [], "-m experiments.compare": [],
+}
+
+
+def start(name, *argv, stdout=subprocess.PIPE, env=(), **kwargs):
+    return subprocess.Popen(
+        [sys.executable, *name.split(), *argv], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, **dict(env)}, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **kwargs)
+
+
+def run(name, *argv, **kwargs):
+    process = start(name, *argv, **kwargs)
+    out, errors = process.communicate(timeout=120)
+    assert "Traceback" not in errors and "Exception ignored" not in errors, errors
+    return process.returncode, out, errors
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_at_any_moment_from_the_first_import_on_prints_no_traceback(name, tmp_path, trials):
+    moments = random.Random(name)
+    for _ in range(4):
+        process = start(name, *COMMANDS[name], *([f"--out_dir={tmp_path}"] * (name == "train.py")))
+        wait_for_startup(process)
+        time.sleep(moments.uniform(0, 3))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        assert "Traceback" not in errors and "Exception ignored" not in errors, errors
+    trials(4)
+
+
+def wait_for_startup(process) -> None:
+    """Waits until Python handles Ctrl-C and the command's first import has set that aside."""
+    handled, until = False, time.monotonic() + 2
+    while process.poll() is None and time.monotonic() < until:
+        try:
+            with open(f"/proc/{process.pid}/status") as file:
+                mask = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt"))
+        except (OSError, StopIteration):
+            return
+        if handled and not mask & 1 << signal.SIGINT - 1:
+            return
+        handled |= bool(mask & 1 << signal.SIGINT - 1)
+        time.sleep(0.0005)
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("name, argv", [
+    ("train.py", ["--help"]), ("train.py", ["config/quickstart.py", "--print_config"]),
+    ("-m nanosophia.dry_run", ["config/train_gpt2_small_sophiag.py"]), ("sample.py", ["--help"])])
+def test_output_that_nobody_takes_ends_a_command_in_a_line_or_silently(name, argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    code, _, errors = run(name, *argv, stdout=writer)
+    os.close(writer)
+    assert (code, errors) == (128 + signal.SIGPIPE, "")
+    with open("/dev/full", "w") as full:
+        code, _, errors = run(name, *argv, stdout=full)
+    assert (code, errors) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.trial(18)
+def test_closed_and_ascii_only_outputs_are_served(tmp_path):
+    closed = subprocess.run(f"{sys.executable} sample.py --help >&- 2>&- <&-", shell=True, cwd=ROOT)
+    assert closed.returncode == 0
+    name = tmp_path / "é日"
+    code, _, errors = run("sample.py", f"--out_dir={name}", env=dict(
+        LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0").items())
+    assert code == 2 and "holds no checkpoint" in errors and errors.isascii()
+
+
+@pytest.mark.trial(18)
+def test_a_full_log_does_not_stop_training(tmp_path, tiny, monkeypatch, capsys):
+    class Full:
+        def write(self, text):
+            if text.startswith("step "):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return len(text)
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    train.main(tiny())
+    assert "recording to standard output failed and is off" in capsys.readouterr().err
+    assert len(read_records(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+def test_the_reader_of_a_run_that_has_gone_ends_it(tmp_path):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = isatty = lambda self: None
+
+    recorder = Recorder(tmp_path, first_step=0, max_iters=1, active=True)
+    stdout, sys.stdout = sys.stdout, Gone()
+    try:
+        with pytest.raises(BrokenPipeError):
+            recorder.say("x")
+    finally:
+        sys.stdout = stdout
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("variable, value", [
+    ("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-1"), ("RANK", "²"),
+    ("LOCAL_RANK", "one")])
+def test_a_malformed_environment_is_refused(monkeypatch, tiny, refused, variable, value):
+    monkeypatch.setenv(variable, value)
+    if variable == "RANK":
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert f"the environment has {variable} = {value!r}" in refused(train.main, tiny())
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("error, code, line", [
+    (OSError(errno.EIO, "Input/output error", "a/file"), 2, "error: a/file: Input/output error"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "error: x: File name too long"),
+    (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates"), 2,
+     "error: text that is not valid Unicode"),
+    (type("PanicException", (BaseException,), {})("a regex"), 2,
+     "error: a library refused its input: a regex"),
+    (MemoryError(), 1, "error: out of memory"), (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried to"), 1,
+     "error: out of memory")])
+def test_what_the_system_or_a_library_raises_is_a_line(error, code, line, capsys):
+    @command()
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == code and capsys.readouterr().err.startswith(line)
+
+
+def test_what_no_user_can_cause_keeps_its_traceback():
+    @command()
+    def main(argv):
+        raise IndexError("a defect")
+
+    with pytest.raises(IndexError):
+        main([])
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("main, argv, words", [
+    (train.main, ["--n_layer=1e30"], "n_layer = 1000000000000000019884624838656 must be at most"),
+    (train.main, ["--dry_run", "--n_layer=100000"], "n_layer = 100000 must be at most 1000"),
+    (train.main, ["--n_layer=" + "9" * 5000], "is not a whole number"),
+    (train.main, ["--out_dir=" + "x" * 300], "File name too long"),
+    (train.main, ["--dataset=" + "x" * 5000], "File name too long"),
+    (train.main, ["--out_dir=/dev/null"], "cannot write to --out_dir=/dev/null"),
+    (train.main, ["--device=cpu:3"], "device = cpu:3 is not supported"),
+    (train.main, ["--wandb_project=a\0b"], "holds a NUL character"),
+    (train.main, ["--n_embd=65536", "--n_layer=1000", "--n_head=1"], "GiB, this machine has"),
+    (sample.main, ["--out_dir=nowhere"], "nowhere holds no checkpoint"),
+    (sample.main, ["--init_from=/dev/zero"], "neither a ckpt.pt, nor a folder"),
+    (sample.main, ["--start=FILE:" + "x" * 300], "File name too long"),
+    (huggingface.main, ["--out_dir=nowhere", "--export=x"], "nowhere holds no checkpoint"),
+    (superglue.main, ["--out_dir=nowhere"], "nowhere holds no checkpoint"),
+    (dry_run.main, ["--n_layer=3"], "give config files"),
+    (plot.main, ["--runs=nowhere"], "nowhere/metrics.jsonl cannot be read"),
+    (plot.main, ["--runs=x", "--file=x.gif"], "x.gif is not the name of a png, svg or pdf"),
+])
+def test_odd_arguments_are_refused_in_a_line(tiny, tmp_path, refused, main, argv, words):
+    if main is train.main:
+        argv = tiny(*argv)
+    if main is sample.main and "nowhere" not in argv[0]:
+        argv = [*argv, "--device=cpu"]
+    if "--start" in argv[0]:
+        train.main(tiny())
+        argv = [*argv, f"--out_dir={tmp_path / 'run'}"]
+    assert words in refused(main, argv)
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("text, words", [
+    ("a = 10\n" + "a = a * a\n" * 60, "a number above 1e+30"),
+    ("a = " + "(" * 3000, "not a Python"), ("a = " + "-" * 100000 + "1", "not a Python"),
+    ("a = 1e300 * 1e300", "a number above"), ("a = 2 ** 0.5 ** -9999", "power out of bounds")])
+def test_config_arithmetic_is_bounded(tmp_path, text, words):
+    path = tmp_path / "x.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_config_file(path)
+    assert words in str(error.value)
+
+
+@pytest.mark.trial(18)
+def test_rows_that_no_reader_can_take_are_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    broken = pyarrow.array([b"fine", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
+    with pytest.raises(CorpusError, match="a.parquet, after row 1: unreadable"):
+        texts(local_documents(str(tmp_path / "a.parquet"), all_train))
+    (tmp_path / "b.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(CorpusError, match="b.jsonl, line 1: not a JSON object"):
+        texts(local_documents(str(tmp_path / "b.jsonl"), all_train))
+    row = json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "c.jsonl").write_text(row + "\n" + row + "\n", encoding="utf-8")
+    assert texts(local_documents(str(tmp_path / "c.jsonl"), all_train)) == ["a\u2028b\x85c"] * 2
+    (tmp_path / "BoolQ").mkdir()
+    row = dict(passage="a\u2028b", question="c", label=True)
+    (tmp_path / "BoolQ" / "val.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n",
+                                                  encoding="utf-8")
+    assert superglue.read_rows("boolq", "val", str(tmp_path))[0]["passage"] == "a\u2028b"
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("content, words", [
+    (b"{", "could not be read"), (b"\xff", "could not be read"), (b"{}", "could not be read"),
+    (b"[" * 10_000, "could not be read"),
+    (json.dumps(dict(version="1.0", pre_tokenizer=dict(
+        type="Split", pattern=dict(Regex="(?<a"), behavior="Isolated", invert=False),
+        model=dict(type="BPE", vocab={"a": 0}, merges=[]))).encode(), "could not be read"),
+    (json.dumps(dict(version="1.0", model=dict(type="BPE", vocab={"a": 0, "b": 4_000_000_000},
+                                               merges=[]))).encode(), "has an id of 4000000000"),
+    (json.dumps(dict(version="1.0", model=dict(type="BPE", vocab={"a": 0}, merges=[]))).encode(),
+     "has no <|endoftext|>")])
+def test_a_tokenizer_file_that_is_none_is_refused(tmp_path, content, words):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "t.json"
+    path.write_bytes(content)
+    with pytest.raises(TokenizerError, match=words.replace("|", r"\|")):
+        get_tokenizer(str(path))
+
+
+@pytest.mark.trial(18)
+def test_a_torn_last_record_is_left_out_and_a_bad_one_is_named(tmp_path, refused):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "train/loss": 3.0}\n{"step": 1, "tra')
+    assert read_records(path) == [{"step": 0, "train/loss": 3.0}]
+    path.write_text('{"step": 0}\n{"step": -1}\n')
+    assert "line 2: step: Input should be" in refused(plot.main, [f"--runs={tmp_path}"])
+
+
+def test_a_dollar_in_a_title_is_drawn_as_it_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a$b").mkdir()
+    (tmp_path / "a$b" / "config.json").write_text(
+        '{"init_from": "scratch", "total_batch_size": 1, "block_size": 1}')
+    (tmp_path / "a$b" / "metrics.jsonl").write_text('{"step": 0, "train/loss": 3.0}\n')
+    plot.main([f"--runs={tmp_path / 'a$b'}", "--title=$1 and $\\x", f"--file={tmp_path / 'x.svg'}"])
+    assert (tmp_path / "x.svg").is_file()
+
+
+def test_more_processes_than_cores_are_not_started(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    (tmp_path / "in.txt").write_text("x" * 90_000)
+    script("text").main([f"--input={tmp_path / 'in.txt'}", "--tokenizer=bytes", "--num_proc=99",
+                         f"--out_dir={tmp_path / 'out'}"])
+    assert "num_proc = 99: this machine has 1 cores, so 1 are used" in capsys.readouterr().out

@@ -11,9 +11,10 @@ written as zeros. Padding rows of the embedding are left out.
 if __name__ == "__main__":
     import nanosophia.startup  # noqa: F401
 
+import hashlib
 import itertools
 import json
-import shutil
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +26,11 @@ from safetensors.torch import save_file
 from nanosophia.checkpoint import CheckpointError, checkpoint_folders, run_state, save
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
-from nanosophia.files import write_text
+from nanosophia.files import fsync, read_bytes, remove, write_text
 from nanosophia.metrics import read_records
 from nanosophia.options import Config
-from nanosophia.tokenizer import EOT, bytes_to_unicode, get_tokenizer
+from nanosophia.schemas import TransformersConfig, read
+from nanosophia.tokenizer import EOT, FILE_NAME, bytes_to_unicode, get_tokenizer
 from nanosophia.weights import (
     Weights,
     check_exportable,
@@ -37,6 +39,8 @@ from nanosophia.weights import (
     to_transformers,
     transformers_config,
 )
+
+MARK = "nanosophia_card_sha256"  # in config.json: this command wrote the folder, and this README.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,32 +74,99 @@ def main(argv: list[str]) -> None:
 
 
 def export(settings: HuggingFaceSettings) -> Path:
-    """Writes the folder; returns its path."""
+    """Writes the folder, which appears as a whole; returns its path.
+
+    Replaces an earlier export alone: a README.md that was edited and files that were added stay.
+    """
     weights = run_weights(Path(settings.out_dir), settings.checkpoint)
     if weights is None:
         raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
     check_exportable(weights.config, settings.out_dir)
-    folder = Path(settings.export)
-    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = get_tokenizer(weights.tokenizer)
+    folder = Path(settings.export).absolute()
+    card = model_card(weights, settings)
+    kept = _earlier_card(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    remove(partial)
+    partial.mkdir(parents=True)
     try:
-        save_file(to_transformers(weights), folder / "model.safetensors",
+        save_file(to_transformers(weights), partial / "model.safetensors",
                   metadata=dict(format="pt"))
     except SafetensorError as error:  # of the disk, say
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
-    tokenizer = get_tokenizer(weights.tokenizer)
-    write_text(folder / "config.json", json.dumps(
-        transformers_config(weights, tokenizer.eot_token), indent=1) + "\n")
-    _write_tokenizer(folder, weights.tokenizer, tokenizer, weights.config.block_size)
-    write_text(folder / "README.md", model_card(weights, settings))
-    return folder
+        raise CheckpointError(f"{partial} cannot be written: {error}") from error
+    _write_tokenizer(partial, weights.tokenizer, tokenizer, weights.config.block_size)
+    write_text(partial / "README.md", card if kept is None else kept)
+    config = transformers_config(weights, tokenizer.eot_token)
+    write_text(partial / "config.json", json.dumps(config | {MARK: _sha256(card)}, indent=1) + "\n")
+    for path in (*partial.iterdir(), partial):
+        fsync(path)
+    _publish(partial, folder)
+    if kept is not None:
+        print(f"{folder / 'README.md'} was edited and is kept")
+    return Path(settings.export)
+
+
+def _earlier_card(folder: Path) -> str | None:
+    """Returns the README.md of an earlier export if it was edited, else None.
+
+    Raises ConfigError where the folder holds anything but an export.
+    """
+    _finish_replacing(folder)
+    if not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(f"--export={folder} is a file; give a folder", "export")
+        return None
+    if not any(folder.iterdir()):
+        return None
+    try:
+        recorded = read(folder / "config.json", TransformersConfig).get(MARK)
+    except (OSError, ValueError):
+        recorded = None
+    if recorded is None:
+        raise ConfigError(f"--export={folder} holds files that are no export of this command; give "
+                          "a folder of its own", "export")
+    try:
+        card = read_bytes(folder / "README.md").decode(errors="replace")
+    except FileNotFoundError:
+        return None
+    return None if _sha256(card) == recorded else card
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Gives the complete folder its name; what an earlier one of that name had beside it stays."""
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():
+        os.rename(folder, replaced)
+    os.rename(partial, folder)
+    fsync(folder.parent)
+    _finish_replacing(folder)
+
+
+def _finish_replacing(folder: Path) -> None:
+    """Moves what the replaced folder alone has into its successor, also after a kill."""
+    replaced = folder.with_name(folder.name + ".replaced")
+    if not replaced.is_dir():
+        return
+    if not folder.exists():
+        os.rename(replaced, folder)
+        return
+    for path in replaced.iterdir():
+        if not (folder / path.name).exists():
+            os.rename(path, folder / path.name)
+    remove(replaced)
 
 
 def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json."""
     if name.endswith(".json"):
-        shutil.copy(name, folder / "tokenizer.json")
+        write_text(folder / FILE_NAME, encoding.json)
     else:
-        _as_tokenizers(encoding, byte_pairs=name == "gpt2").save(str(folder / "tokenizer.json"))
+        _as_tokenizers(encoding, byte_pairs=name == "gpt2").save(
+            str(folder / FILE_NAME))
     write_text(folder / "tokenizer_config.json", json.dumps(dict(
         tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size, eos_token=EOT,
         bos_token=EOT, clean_up_tokenization_spaces=False), indent=1) + "\n")
@@ -188,8 +259,8 @@ def import_weights(settings: HuggingFaceSettings) -> None:
     model = weights.build()
     name = weights.tokenizer
     if name.endswith(".json"):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        name = str(shutil.copy(name, out_dir / "tokenizer.json"))
+        write_text(out_dir / FILE_NAME, get_tokenizer(name).json)
+        name = str(out_dir / FILE_NAME)
     config = asdict(Config(**asdict(weights.config))) | dict(
         dataset=f"imported from {settings.import_from}")
     save(out_dir, model.state_dict(), {}, run_state(

@@ -73,6 +73,32 @@ class Allocated(TorchDispatchMode):
         return sum(size for _, size in self.made.values())
 
 
+class CutOff:
+    """Ends this process, as kill -9 does, at its n-th call that changes a file or waits for it."""
+
+    def __init__(self, monkeypatch, places):
+        self.calls, self.stop = 0, None
+        for module, name in places:
+            monkeypatch.setattr(module, name, self._counted(getattr(module, name)))
+
+    def _counted(self, function):
+        def call(*args, **kwargs):
+            self.calls += 1
+            if self.calls == self.stop:
+                os._exit(9)
+            return function(*args, **kwargs)
+        return call
+
+    def run(self, stop, action) -> bool:
+        """Whether a child process that does it, cut off at call number `stop`, got to its end."""
+        child = os.fork()
+        if child == 0:
+            self.calls, self.stop = 0, stop
+            action()
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A prepared byte-level folder of made-up text, the same whatever the project's code is."""

@@ -42,7 +42,7 @@ ALLOWED = {
     "superglue": {"model", "checkpoint", "command", "configurator", "distributed", "files",
                   "generate", "startup", "tokenizer", "weights"},
     "huggingface": {"checkpoint", "command", "configurator", "files", "metrics", "options",
-                    "startup", "tokenizer", "weights"},
+                    "schemas", "startup", "tokenizer", "weights"},
     "files": set(),
     "chunked_loss": {"model"},
     "generate": {"model"},

@@ -362,6 +362,24 @@ def test_what_is_no_foreign_checkpoint_is_refused_in_words(tmp_path, content, wo
         foreign_weights(str(tmp_path / "ckpt.pt"))
 
 
+@pytest.mark.trial(17)
+@pytest.mark.parametrize("edit, words", [
+    (dict(n_layer=10**9), "n_layer = 1000000000 must be at most 1000"),
+    (dict(n_layer=-1), "n_layer = -1 must be at least 1"), (dict(n_layer="2"), "n_layer: Input"),
+    (dict(n_layer=[2]), "n_layer: Input"), (dict(n_layer=3), "transformer.h.2.attn.c_attn."),
+    (dict(n_embd=24), "of shape (48,), for such a model"), (dict(n_head=3), "does not divide"),
+    (dict(vocab_size=300), "transformer.wte.weight"), (dict(bias=1), "bias: Input should be a"),
+    (5, "model_args: Input should be"), ([], "model_args: Input should be")])
+def test_edited_model_args_are_refused_before_anything_is_allocated(tmp_path, edit, words):
+    nanogpt_file(tmp_path / "ckpt.pt")
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    content["model_args"] = content["model_args"] | edit if isinstance(edit, dict) else edit
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError) as error:
+        foreign_weights(str(tmp_path / "ckpt.pt"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_run_starts_from_foreign_weights(tmp_path, tiny, refused):
     model = nanogpt_file(tmp_path / "ckpt.pt")
     flags = [f for f in tiny("--learning_rate=1e-12", "--weight_decay=0", "--max_iters=1")

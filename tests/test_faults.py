@@ -145,8 +145,24 @@ def test_a_number_of_ranks_that_does_not_divide_is_refused(tiny, tmp_path):
 # 3: kill -9 ---------------------------------------------------------------------------------------
 
 
-def killed_until_done(flags, tmp_path, kills: int, trials, seed: int, start) -> None:
-    """Kills a run at random moments, `kills` times over several runs, and compares the ends."""
+def at_a_random_moment(process, parts: Path, duration: float, randomly: random.Random) -> None:
+    """Waits for a moment of a run that would take `duration`, or for its end."""
+    process.join(randomly.uniform(0, duration))
+
+
+def while_it_saves(process, parts: Path, duration: float, randomly: random.Random) -> None:
+    """Waits until one of the next saves has begun, and a little longer."""
+    saves, was_saving = randomly.randrange(1, 4), False
+    while saves and process.exitcode is None:
+        saving = any(parts.glob("step_*.partial"))
+        saves -= saving and not was_saving
+        was_saving = saving
+    process.join(randomly.uniform(0, 0.03))
+
+
+def killed_until_done(flags, tmp_path, kills: int, trials, seed: int, start,
+                      wait=at_a_random_moment) -> None:
+    """Kills a run at chosen moments, `kills` times over several runs, and compares the ends."""
     whole = tmp_path / "whole"
     began = time.monotonic()
     process = start(flags(whole, "--init_from=auto"), tmp_path / "log")
@@ -158,7 +174,7 @@ def killed_until_done(flags, tmp_path, kills: int, trials, seed: int, start) -> 
         parts, number = tmp_path / f"parts{number}", number + 1
         while True:
             process = start(flags(parts, "--init_from=auto"), parts.with_suffix(".log"))
-            process.join(randomly.uniform(0, duration))
+            wait(process, parts, duration, randomly)
             if process.exitcode is not None:
                 assert process.exitcode == 0, parts.with_suffix(".log").read_text()
                 break
@@ -231,6 +247,12 @@ class Torchrun:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+@pytest.mark.slow
+@pytest.mark.trial(3)
+def test_killed_forty_times_while_it_saves_it_ends_as_if_nothing_had_been(flags, tmp_path, trials):
+    killed_until_done(flags, tmp_path, 40, trials, 34, child.start, while_it_saves)
 
 
 @pytest.mark.slow

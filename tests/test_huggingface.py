@@ -1,6 +1,11 @@
 """To transformers and back: the same logits, the same tokens."""
 
 import json
+import os
+import random
+import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +20,7 @@ from nanosophia.checkpoint import load_latest
 from nanosophia.generate import generate
 from nanosophia.tokenizer import EOT, get_tokenizer
 from nanosophia.weights import foreign_weights, run_weights
-from tests.conftest import run_train
+from tests.conftest import CutOff, run_train
 
 transformers = pytest.importorskip("transformers")
 TEXT = "Hello  world!\n\tdef f(x):  return 3.14 # naïve ünïcode 日本語 🎉 don't 'll \x00 end"
@@ -79,6 +84,100 @@ def test_the_model_card_says_what_the_run_was(tiny, tmp_path):
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"train {last['train/loss']:.4f}, val {last['val/loss']:.4f}" in card
     assert "512 in 4 steps" in card and "sophiag, peak learning rate 0.01" in card
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.trial(19)
+@pytest.mark.parametrize("place", [".", "step_00000004", "../data", "metrics.jsonl"])
+def test_an_export_replaces_nothing_but_an_export(tiny, tmp_path, refused, place):
+    run_train(*tiny("--max_iters=4"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "config.json").write_text('{"model_type": "gpt2"}')
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    line = refused(huggingface.main, [f"--out_dir={tmp_path / 'run'}",
+                                      f"--export={tmp_path / 'run' / place}"])
+    assert "no export of this command" in line or "is a file" in line
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.trial(19)
+def test_an_export_is_replaced_but_for_an_edited_card_and_added_files(tiny, tmp_path, capsys):
+    _, folder = exported(tmp_path, tiny)
+    card, config = (folder / "README.md").read_text(), (folder / "config.json").read_text()
+    (folder / "LICENSE").write_text("mine")
+    run_train(*tiny("--max_iters=6", "--init_from=resume"))
+    flags = [f"--out_dir={tmp_path / 'run'}", f"--export={folder}"]
+    huggingface.main(flags)
+    assert "in 6 steps" in (folder / "README.md").read_text() and "in 4 steps" in card
+    assert (folder / "config.json").read_text() != config
+    (folder / "README.md").write_text("edited")
+    capsys.readouterr()
+    huggingface.main(flags)
+    assert "README.md was edited and is kept" in capsys.readouterr().out
+    assert (folder / "README.md").read_text() == "edited"
+    assert (folder / "LICENSE").read_text() == "mine"
+    assert not list(tmp_path.glob("hf.*"))
+
+
+@pytest.mark.trial(19)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_cut_off_at_any_call_an_export_is_the_old_one_or_the_new(tiny, tmp_path, monkeypatch,
+                                                                 trials):
+    _, folder = exported(tmp_path, tiny)
+    (folder / "LICENSE").write_text("mine")
+    old = (folder / "model.safetensors").read_bytes()
+    run_train(*tiny("--max_iters=6", "--init_from=resume"))
+    weights = run_weights(tmp_path / "run")
+    monkeypatch.setattr(huggingface, "run_weights", lambda *_: weights)
+    cut = CutOff(monkeypatch, [(os, "rename"), (os, "replace"), (os, "fsync"), (os, "mkdir"),
+                               (huggingface, "save_file"), (huggingface, "remove")])
+    settings = dict(out_dir=str(tmp_path / "run"))
+    points, finished, seen = 0, False, set()
+    while not finished:
+        points += 1
+        place = tmp_path / f"cut{points}" / "hf"
+        shutil.copytree(folder, place)
+        flags = huggingface.HuggingFaceSettings(export=str(place), **settings)
+        finished = cut.run(points, lambda flags=flags: huggingface.export(flags))
+        if place.exists():
+            found = (place / "model.safetensors").read_bytes()
+            seen.add("old" if found == old else "new")
+            assert "config.json" in names(place) and "tokenizer.json" in names(place)
+        else:  # between two renames: the same command goes on
+            seen.add("none")
+        huggingface.export(flags)
+        assert (place / "LICENSE").read_text() == "mine"
+        assert (place / "model.safetensors").read_bytes() != old
+        assert names(place.parent) == ["hf"]
+    assert points > 15 and seen >= {"old", "new"}
+    trials(points)
+
+
+@pytest.mark.trial(19)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_killed_at_random_moments_an_export_is_whole_or_absent(tiny, tmp_path, trials):
+    _, folder = exported(tmp_path, tiny)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    settings = huggingface.HuggingFaceSettings(out_dir=str(tmp_path / "run"), export=str(folder))
+    began = time.monotonic()
+    huggingface.export(settings)
+    duration, moments = time.monotonic() - began, random.Random(19)
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            huggingface.export(settings)
+            os._exit(0)
+        time.sleep(moments.uniform(0, duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if folder.exists():
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    huggingface.export(settings)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    trials(20)
 
 
 @pytest.fixture

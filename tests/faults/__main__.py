@@ -15,7 +15,7 @@ import torch
 FAULTS = {
     1: "none: the same run twice, on 1 and on 2 ranks",
     2: "stop around an estimate and an evaluation, resume; every optimizer",
-    3: "kill -9 at random moments until done; 1 rank, 2 ranks, 2 ranks with shards",
+    3: "kill -9 at random moments and during saves until done; 1 rank, 2 ranks, 2 with shards",
     4: "a save cut off at each write, fsync, rename and removal",
     5: "SIGTERM, SIGUSR1, SIGINT; to the process, to one rank, to torchrun",
     6: "truncated, bit-flipped, missing, swapped and stray checkpoint files",
@@ -26,8 +26,12 @@ FAULTS = {
     11: "1 -> 2 -> 1 ranks, whole and sharded; a number that does not divide",
     12: "code in a pickle, in a config file",
     13: "unknown, mistyped, negative, empty and malformed settings",
-    14: "preparation killed at random moments; 1 and 2 processes",
+    14: "preparation killed at random moments, 1 and 2 processes; cut off at every call",
     15: "none: the losses of 50 steps as they were once measured",
+    16: "files that cannot be read; planted links, pipes and devices; a quarantine in error",
+    17: "settings in files edited by hand, with valid checksums",
+    18: "odd arguments, environments, inputs and outputs; Ctrl-C at any moment of any command",
+    19: "exports over other files; an export killed at random moments, cut off at every call",
 }
 
 

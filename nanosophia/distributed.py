@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -71,7 +72,7 @@ def start_ranks(device: str) -> Ranks:
     if world_size() > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise DeviceError(f"WORLD_SIZE is {world_size()} but RANK, LOCAL_RANK or MASTER_ADDR is "
                           "not set; start several ranks with torchrun")
-    local_rank = _from_environment("LOCAL_RANK", 0)
+    rank, local_rank = (_from_environment(name, 0) for name in ("RANK", "LOCAL_RANK"))
     place = _find_device(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -79,8 +80,33 @@ def start_ranks(device: str) -> Ranks:
         _keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo",
+                                store=_attempt_store(rank), rank=rank, world_size=world_size(),
                                 device_id=place if place.type == "cuda" else None)
-    return Ranks(_from_environment("RANK", 0), world_size(), place)
+    return Ranks(rank, world_size(), place)
+
+
+def _attempt_store(rank: int) -> dist.Store:
+    """Returns a store without keys of earlier attempts, for the ranks that run now.
+
+    torchrun keeps one store over all restarts, and torch gives the keys of each attempt the same
+    names, so restarted ranks would read the addresses of killed ones and connect to those. Here
+    rank 0 draws a prefix, and another rank takes it once this rank 0, not a killed one, has
+    answered. TORCHELASTIC_RESTART_COUNT is no such prefix: each machine counts its own failures.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", own)
+        for other in range(1, world_size()):
+            store.set(store.get(f"{own}/{other}").decode(), "answered")  # get waits for the key
+        return dist.PrefixStore(own, store)
+    while not store.check([own]):
+        attempt = store.get("attempt").decode()
+        store.set(f"{attempt}/{rank}", own)
+        time.sleep(0.05)
+    return dist.PrefixStore(attempt, store)
 
 
 def _keep_freed_memory() -> None:

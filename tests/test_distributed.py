@@ -1,6 +1,46 @@
 """Ranks: joining, wrapping, leaving."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from nanosophia.distributed import _attempt_store
 from tests.conftest import torchrun
+
+
+@pytest.fixture
+def torchrun_store(monkeypatch):
+    """The store that torchrun keeps over restarts, in the environment of two ranks."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for name, value in dict(MASTER_ADDR="localhost", MASTER_PORT=server.port, RANK=0, WORLD_SIZE=2,
+                            TORCHELASTIC_USE_AGENT_STORE=True).items():
+        monkeypatch.setenv(name, str(value))
+    return server
+
+
+def test_restarted_ranks_do_not_read_what_killed_ones_wrote(torchrun_store):
+    torchrun_store.set("attempt", "killed")  # by a rank 0 that was killed before rank 1 came
+    torchrun_store.set("killed/address", "of a killed rank")
+    with ThreadPoolExecutor(2) as pool:
+        for address in (b"of the first restart", b"of the second"):
+            earlier = torchrun_store.get("attempt").decode()
+            torchrun_store.delete_key(f"{earlier}/1")
+            late = pool.submit(_attempt_store, 1)
+            torchrun_store.wait([f"{earlier}/1"])  # rank 1 has asked the killed rank 0
+            of_rank_0, of_rank_1 = _attempt_store(0), late.result(60)
+            assert not of_rank_1.check(["address"])
+            of_rank_0.set("address", address)
+            assert of_rank_1.get("address") == address
+
+
+def test_without_torchruns_store_rank_0_opens_one(torchrun_store, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    store = _attempt_store(0)
+    store.set("a", "b")
+    assert store.get("a") == b"b" and not torchrun_store.check(["a"])
 
 
 def test_leaving_the_group_ends_its_threads(tiny):

@@ -18,6 +18,7 @@ The paper's gamma is called rho in the authors' code, which divides by rho * bs 
 number of labels, which here is a factor of the estimate itself.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -68,12 +69,15 @@ class Sophia(torch.optim.Optimizer):
         weight_decay: decoupled, times lr.
 
     State, in float32 (float64 for float64 parameters): `exp_avg` (m), `hessian` (h), `estimates`
-    (their number, on the CPU). Raises ValueError on values out of range, RuntimeError on sparse
-    gradients. Where the attribute `found_inf` (as torch calls it, a 0-dim tensor) is not 0, nothing
-    but the number of estimates changes. `rule` may be set to a faster form of `sophia_update`.
+    (their number, on the CPU). Raises ValueError on values out of range and complex parameters,
+    RuntimeError on sparse gradients. Where the attribute `found_inf` (as torch calls it, a 0-dim
+    tensor) is not 0, nothing but the number of estimates changes; so it is after an estimate that
+    is not finite, which `nonfinite_estimates` counts. `rule` may be set to a faster form of
+    `sophia_update`.
     """
 
     found_inf: Tensor | None = None
+    nonfinite_estimates: int | Tensor = 0
     rule = staticmethod(sophia_update)
 
     def __init__(self, params, lr: float = 4e-4, betas: tuple[float, float] = (0.96, 0.99),
@@ -83,21 +87,25 @@ class Sophia(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group as torch's optimizers do; raises ValueError on values out of range."""
-        group = self.defaults | param_group
+        group, name = self.defaults | param_group, type(self).__name__
+        if not isinstance(group["betas"], tuple | list) or len(group["betas"]) != 2:
+            raise ValueError(f"{name}: betas = {group['betas']!r} must be a pair of numbers")
         values = dict(zip(("beta1", "beta2"), group["betas"], strict=True)) | group
         for keys, is_legal, legal_range in (
                 (("beta1", "beta2"), lambda x: 0 <= x < 1, "in [0, 1)"),
-                (("lr", "weight_decay"), lambda x: x >= 0, "at least 0"),
-                (("gamma", "eps"), lambda x: x > 0, "above 0")):
+                (("lr", "weight_decay"), lambda x: 0 <= x < math.inf, "at least 0"),
+                (("gamma", "eps"), lambda x: 0 < x < math.inf, "above 0")):
             for key in keys:
-                if not is_legal(values[key]):
-                    raise ValueError(f"{type(self).__name__}: {key} = {values[key]} must be "
-                                     f"{legal_range}")
+                if isinstance(values[key], str | None) or not is_legal(values[key]):
+                    raise ValueError(f"{name}: {key} = {values[key]!r} must be {legal_range}")
         super().add_param_group(param_group)
+        if any(p.is_complex() for p in self.param_groups[-1]["params"]):
+            raise ValueError(f"{name} takes no complex parameters; give their real view "
+                             "(torch.view_as_real)")
 
     def parameters(self) -> list[Tensor]:
-        """Returns every parameter once, in the order of the groups, which is that of estimates."""
-        return [p for _, p in self._items()]
+        """Returns the parameters that are trained, which have one estimate each, in this order."""
+        return [p for _, p in self._items() if p.requires_grad]
 
     def _items(self) -> list[tuple[dict, Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"]]
@@ -108,7 +116,8 @@ class Sophia(torch.optim.Optimizer):
 
         None leaves that parameter's h as it is. Raises ValueError on another count or shape.
         """
-        items, estimates = self._items(), list(estimates)
+        items = [(group, p) for group, p in self._items() if p.requires_grad]
+        estimates = list(estimates)
         if len(estimates) != len(items):
             raise ValueError(f"update_hessian got {len(estimates)} estimates for {len(items)} "
                              "parameters; give one each, in the order of parameters()")
@@ -116,7 +125,10 @@ class Sophia(torch.optim.Optimizer):
             if hhat is not None and hhat.shape != p.shape:
                 raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} for "
                                  f"a parameter of shape {tuple(p.shape)}")
-        skip = self._skip_flag()
+        bad = [~x.isfinite().all() for x in estimates if x is not None]
+        bad = torch.stack([x.to(bad[0].device) for x in bad]).any() if bad else None
+        self.nonfinite_estimates = self.nonfinite_estimates + (0 if bad is None else bad.long())
+        skip = self._skip_flag(bad)
         for (group, p), hhat in zip(items, estimates, strict=True):
             if hhat is not None and skip is not True:
                 state = self._state(p)
@@ -143,14 +155,18 @@ class Sophia(torch.optim.Optimizer):
                 self._update(p, self._state(p), group, skip)
         return loss
 
-    def _skip_flag(self) -> Tensor | bool | None:
-        """Returns found_inf where updates read it on the device, else None (no skip) or True."""
-        if self.found_inf is None:
+    def _skip_flag(self, bad: Tensor | None = None) -> Tensor | bool | None:
+        """Returns whether found_inf or `bad` skips an update: None for no, True, or a 0-dim tensor
+        where updates read it on the device."""
+        flag = self.found_inf if bad is None else bad
+        if flag is None or flag.is_meta:  # meta tensors have no values to be wrong
             return None
-        on_device = self.found_inf.is_cuda or getattr(self.rule, "skips_on_device", False)
+        if bad is not None and self.found_inf is not None:
+            flag = bad | (self.found_inf.to(bad.device) != 0)
+        on_device = flag.is_cuda or getattr(self.rule, "skips_on_device", False)
         if on_device and type(self)._update is Sophia._update:
-            return self.found_inf
-        return bool(self.found_inf) or None  # host sync
+            return flag
+        return bool(flag) or None  # host sync
 
     def _update(self, p: Tensor, state: dict, group: dict, skip: Tensor | None) -> None:
         self.rule(p, p.grad, state["exp_avg"], state["hessian"], self._gamma(state, group),
@@ -192,11 +208,22 @@ class Sophia(torch.optim.Optimizer):
         return {name: x.sqrt() if "norm" in name else x / sizes[name] for name, x in sums.items()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restores `state_dict()`, keeping the state's own precision under bf16 parameters."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["state"]
+        """Restores `state_dict()`, keeping the state's own precision under bf16 parameters.
+
+        Raises ValueError, and changes nothing, on the state of another optimizer or model.
+        """
+        saved, params = state_dict["state"], [p for _, p in self._items()]
         order = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(order, self.parameters(), strict=True):
+        for i, p in zip(order, params, strict=False):  # torch compares their numbers
+            needed = dict(exp_avg=p.shape, hessian=p.shape, estimates=()) if saved.get(i) else {}
+            for name, shape in needed.items():
+                found = saved[i][name].shape if name in saved[i] else None
+                if found != shape:
+                    raise ValueError(f"{type(self).__name__}: the state is of another optimizer or "
+                                     f"model: {name} of parameter {i} must have shape "
+                                     f"{tuple(shape)}, has {found and tuple(found)}")
+        super().load_state_dict(state_dict)
+        for i, p in zip(order, params, strict=True):
             for name, value in saved.get(i, {}).items():
                 device = "cpu" if name == "estimates" else p.device
                 self.state[p][name] = value.to(device, state_dtype(p), copy=True)
@@ -274,23 +301,21 @@ def gauss_newton_bartlett(losses: Losses, params: Sequence[Tensor], *,
     return S
 
 
-def empirical_fisher(losses: Losses, params: Sequence[Tensor], *,
-                     all_reduce: AllReduce = None) -> list[Tensor]:
-    """Returns n * g * g for the gradient g of the mean loss on the true labels (E-F of Fig. 7).
-
-    `losses` compute the summed loss on true labels and their number; all else is as in
-    `gauss_newton_bartlett`, of which this is the paper's ablation.
-    """
-    return gauss_newton_bartlett(losses, params, all_reduce=all_reduce)
+# With summed losses on the true labels the same computation is the paper's ablation E-F (Fig. 7).
+empirical_fisher = gauss_newton_bartlett
 
 
 def summed_gradient(losses: Losses, params: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Returns the gradient of the sum of all losses, safe to modify in place, and their count."""
+    """Returns the gradient of the sum of all losses, safe to modify in place, and their count.
+
+    In float32 under half-precision parameters, since its squares leave the range of float16.
+    """
     params, gradient, count = list(params), [], 0
     for loss_fn in losses:
         with torch.enable_grad():
             loss, n = loss_fn()
         part = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        part = [g.to(state_dtype(g)) for g in part]
         if gradient:
             torch._foreach_add_(gradient, part)
         else:
@@ -305,10 +330,19 @@ def sampled_cross_entropy(logits: Tensor, *, num_classes: int | None = None,
                           uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the cross-entropy summed over labels drawn from softmax(logits), and their number.
 
-    logits (..., V) have one label per leading index, so leave out positions that have none. Only
-    the first `num_classes` classes are drawn. `uniforms` in [0, 1), one per label, decide the draw.
+    logits (B, V) or (B, T, V), classes last, have one label per leading index, so leave out
+    positions that have none. Only the first `num_classes` classes are drawn. `uniforms` in [0, 1),
+    one per label, decide the draw. Raises ValueError on other shapes and counts.
     """
+    if logits.dim() not in (2, 3) or logits.size(-1) < 2:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} are not (B, V) or (B, T, V) with "
+                         "two classes or more; for one logit per label use "
+                         "sampled_binary_cross_entropy")
     logits = logits.reshape(-1, logits.size(-1))  # (n, V)
+    if num_classes is not None and not 2 <= num_classes <= logits.size(1):
+        raise ValueError(f"num_classes = {num_classes} must be from 2 to {logits.size(1)}")
+    if uniforms is not None and uniforms.numel() != len(logits):
+        raise ValueError(f"{uniforms.numel()} uniforms were given for {len(logits)} labels")
     labels = sample_labels(logits.detach()[:, :num_classes], uniforms)
     loss = F.cross_entropy(logits.to(state_dtype(logits)), labels, reduction="sum")
     return loss, torch.tensor(len(labels), device=loss.device)
@@ -323,11 +357,27 @@ def sample_labels(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
     return torch.searchsorted(cdf, (u * total).minimum(below_total), right=True).squeeze(1)
 
 
+def sampled_binary_cross_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the binary cross-entropy summed over labels drawn from sigmoid(logits), and their
+    number.
+
+    logits of any shape have one label each: the head of a two-class or a multi-label classifier.
+    """
+    logits = logits.to(state_dtype(logits))
+    labels = (torch.rand_like(logits) < logits.detach().sigmoid()).to(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    return loss, torch.tensor(logits.numel(), device=loss.device)
+
+
 def sampled_squared_error(means: Tensor) -> tuple[Tensor, Tensor]:
     """Returns half the squared error summed over targets drawn from N(means, I), and their number.
 
     For regression (the paper, section 2.3): means (..., V) have one target per leading index.
+    Raises ValueError without a leading one, which would make a batch one target.
     """
+    if means.dim() < 2:
+        raise ValueError(f"means of shape {tuple(means.shape)} are not (n, V); of one value per "
+                         "target write means.unsqueeze(-1)")
     means = means.reshape(-1, means.size(-1)).to(state_dtype(means))  # (n, V)
     targets = means.detach() + torch.randn_like(means)
     return 0.5 * (means - targets).square().sum(), torch.tensor(len(means), device=means.device)

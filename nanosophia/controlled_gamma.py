@@ -48,8 +48,10 @@ class ControlledSophia(Sophia):
     def update_hessian(self, estimates: Iterable[Tensor | None]) -> None:
         """Averages the estimates into h as Sophia does; the next step sets gamma anew."""
         was_new, self._new_estimate = self._new_estimate, True
+        refused = self.nonfinite_estimates
         super().update_hessian(estimates)
-        self._set_due(was_new or self._skip_flag() is not True)
+        taken = self._skip_flag() is not True and bool(self.nonfinite_estimates == refused)
+        self._set_due(was_new or taken)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Updates the parameters as Sophia does."""
@@ -70,9 +72,9 @@ class ControlledSophia(Sophia):
         self._new_estimate = any(s["gamma_due"].item() for s in self.state.values()
                                  if "gamma_due" in s)
 
-    def _skip_flag(self) -> Tensor | bool | None:
+    def _skip_flag(self, bad: Tensor | None = None) -> Tensor | bool | None:
         # After an estimate the host must know: gamma and the number of estimates change there too.
-        flag = super()._skip_flag()
+        flag = super()._skip_flag(bad)
         if isinstance(flag, Tensor) and self._new_estimate:
             return bool(flag) or None  # host sync
         return flag

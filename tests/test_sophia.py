@@ -4,7 +4,9 @@ import copy
 import itertools
 import math
 import pickle
+import re
 import shutil
+import unittest.mock
 from functools import partial
 
 import pytest
@@ -32,6 +34,7 @@ from sophia import (
     gauss_newton_bartlett,
     hutchinson,
     sample_labels,
+    sampled_binary_cross_entropy,
     sampled_cross_entropy,
     sampled_squared_error,
     sophia_update,
@@ -832,3 +835,164 @@ def test_the_readmes_example_runs_as_it_stands(capsys):
     example = readme.split("```python\n")[1].split("```")[0]
     exec(compile(example, "README.md", "exec"), {})
     assert float(capsys.readouterr().out.partition("(")[2].partition(",")[0]) < 0.3
+
+
+# A wrong curvature is never computed silently ----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-5, 300.0])
+def test_squares_are_taken_in_float32_under_half_precision(dtype, scale):
+    """In float16 the squares of these gradients are zero or infinite."""
+    p = nn.Parameter(torch.ones(64, dtype=dtype))
+    a = (scale * torch.rand(3, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
+    losses = [lambda row=row: ((p * row).sum(), torch.tensor(5000)) for row in a]
+    (found,) = gauss_newton_bartlett(losses, [p])
+    S = a.float().sum(0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, S * S / 15000, rtol=1e-6, atol=0)  # the count is exact too
+    optimizer = Sophia([p])
+    optimizer.update_hessian([found])
+    torch.testing.assert_close(optimizer.state[p]["hessian"], found * 0.01)
+
+
+@pytest.mark.parametrize("shape, options, words", [
+    ((5,), {}, "logits of shape (5,) are not (B, V)"), ((), {}, "logits of shape ()"),
+    ((5, 1), {}, "sampled_binary_cross_entropy"), ((2, 3, 4, 5), {}, "are not (B, V) or (B, T, V)"),
+    ((5, 3), dict(num_classes=4), "num_classes = 4 must be from 2 to 3"),
+    ((5, 3), dict(num_classes=0), "num_classes = 0"), ((5, 3), dict(num_classes=-1), "from 2 to 3"),
+    ((5, 3), dict(uniforms=torch.rand(1)), "1 uniforms were given for 5 labels"),
+    ((5, 3), dict(uniforms=torch.rand(5, 3)), "15 uniforms were given for 5 labels")])
+def test_outputs_of_odd_shapes_are_refused(shape, options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        sampled_cross_entropy(torch.zeros(shape), **options)
+
+
+def test_means_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"write means.unsqueeze\(-1\)"):
+        sampled_squared_error(torch.zeros(5))
+    assert sampled_squared_error(torch.zeros(5, 1))[1] == 5
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_bernoulli_likelihood_gives_the_gauss_newton_diagonal_of_a_binary_head(heads):
+    """Averaged over every possible drawing of labels, each at its probability: exact."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, heads)).double()
+    x, params = torch.randn(4 // heads, 2, dtype=torch.float64), list(model.parameters())
+    z = model(x).flatten()
+    exact = [torch.zeros_like(p) for p in params]
+    for logit in z:
+        p = logit.detach().sigmoid()
+        for d, g in zip(exact, torch.autograd.grad(logit, params, retain_graph=True), strict=True):
+            d += p * (1 - p) * g * g / len(z)
+    mean = [torch.zeros_like(p) for p in params]
+    for labels in itertools.product((0.0, 1.0), repeat=len(z)):
+        drawn = torch.tensor(labels, dtype=torch.float64)
+        chance = torch.where(drawn == 1, z.detach().sigmoid(), 1 - z.detach().sigmoid()).prod()
+        u = 1 - drawn  # below the probability where the label is 1
+        with unittest.mock.patch("torch.rand_like", lambda like, u=u: u.view_as(like)):
+            found = gauss_newton_bartlett([lambda: sampled_binary_cross_entropy(model(x))], params)
+        for m, f in zip(mean, found, strict=True):
+            m += chance * f
+    for m, e in zip(mean, exact, strict=True):
+        torch.testing.assert_close(m, e, rtol=1e-10, atol=1e-14)
+
+
+def test_frozen_layers_are_left_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    x, before = torch.randn(9, 4), model[0].weight.clone()
+    optimizer = Sophia(model.parameters())
+    for estimator in (lambda params: gauss_newton_bartlett(
+            [lambda: sampled_cross_entropy(model(x))], params),
+            lambda params: hutchinson([lambda: model(x).square().mean()], params)):
+        optimizer.update_hessian(estimator(optimizer.parameters()))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model[0].weight, before) and len(optimizer.state) == 2
+    model[0].requires_grad_(True)  # and may join later
+    optimizer.update_hessian(gauss_newton_bartlett([lambda: sampled_cross_entropy(model(x))],
+                                                   optimizer.parameters()))
+    assert len(optimizer.state) == 4
+
+
+@pytest.mark.parametrize("cls", [Sophia, ControlledSophia])
+def test_complex_parameters_are_refused(cls):
+    with pytest.raises(ValueError, match="takes no complex parameters"):
+        cls([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("make", [
+    lambda p: Sophia(p), lambda p: ControlledSophia(p, gamma_target=0.5),
+    lambda p: ControlledSophia(p, bias_correction=True)], ids=["plain", "controlled", "corrected"])
+def test_an_estimate_that_is_not_finite_changes_nothing_and_is_counted(make, value):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+    optimizer = make(params)
+
+    def step():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    for first in (True, False):  # before any estimate, and after one
+        if not first:
+            optimizer.update_hessian([torch.rand_like(p) for p in params])
+        step()
+        before = copy.deepcopy(optimizer.state_dict()["state"])
+        bad = [torch.rand_like(p) for p in params]
+        bad[1][2, 3] = value
+        optimizer.update_hessian(bad)
+        after = optimizer.state_dict()["state"]
+        for i in before:
+            for name, x in before[i].items():
+                assert torch.equal(x, after[i][name]), (i, name)
+        assert optimizer.nonfinite_estimates == 2 - first
+        step()
+        assert all(torch.isfinite(p).all() for p in params)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(betas=(0.9,)), "betas = (0.9,) must be a pair of numbers"),
+    (dict(betas=0.9), "betas = 0.9 must be a pair"),
+    (dict(betas=("a", 0.9)), "beta1 = 'a' must be"),
+    (dict(betas=(0.9, None)), "beta2 = None must be in [0, 1)"), (dict(lr="x"), "lr = 'x' must be"),
+    (dict(lr=float("nan")), "lr = nan must be"), (dict(lr=float("inf")), "lr = inf must be"),
+    (dict(gamma=None), "gamma = None must be above 0"), (dict(eps=0), "eps = 0 must be above 0"),
+    (dict(weight_decay=-1), "weight_decay = -1 must be at least 0")])
+def test_bad_arguments_name_themselves(arguments, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Sophia([nn.Parameter(torch.zeros(3))], **arguments)
+
+
+@pytest.mark.parametrize("foreign", ["adamw", "authors", "shape", "count"])
+def test_the_state_of_another_optimizer_or_model_is_refused_and_nothing_changes(foreign):
+    def trained(optimizer, p):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        return optimizer
+
+    p = nn.Parameter(torch.ones(3))
+    optimizer = trained(Sophia([p]), p)
+    before = copy.deepcopy(optimizer.state_dict())
+    state = copy.deepcopy(before)
+    if foreign == "adamw":
+        state = trained(torch.optim.AdamW([p]), p).state_dict()
+    elif foreign == "authors":  # theirs has step, exp_avg, hessian; its h is not ours
+        del state["state"][0]["estimates"]
+        state["state"][0]["step"] = torch.tensor(1.0)
+    elif foreign == "shape":
+        q = nn.Parameter(torch.ones(4))
+        state = trained(Sophia([q]), q).state_dict()
+    else:
+        state = Sophia([nn.Parameter(torch.ones(3)) for _ in range(2)]).state_dict()
+    with pytest.raises(ValueError, match="another optimizer or model|size of optimizer's group|"
+                                         "doesn't match"):
+        optimizer.load_state_dict(state)
+    for name, x in before["state"][0].items():
+        assert torch.equal(optimizer.state[p][name], x)

@@ -50,6 +50,11 @@ def same_state(a: Path, b: Path) -> bool:
     return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
 
 
+def state_of(step: int, val_loss: float | None = None) -> dict:
+    return checkpoint.run_state(step=step, config={}, model={}, tokenizer="bytes", num_classes=257,
+                                val_loss=val_loss)
+
+
 @pytest.fixture
 def flags(tiny):
     """A run of a few seconds that saves often: 2 layers x 64, block 64."""
@@ -512,7 +517,7 @@ def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
     saver = Saver(tmp_path, ONE, keep=2, keep_best=False, sharded=False)
     w = torch.ones(4)
     began = time.monotonic()
-    saver.save({"w": w}, {"0.m": w}, dict(step=1))
+    saver.save({"w": w}, {"0.m": w}, state_of(1))
     assert time.monotonic() - began < 1
     w.zero_()  # what training does meanwhile is not saved
     saver.wait()
@@ -528,7 +533,7 @@ def test_a_slow_save_under_torchrun_is_warned_of_once(tmp_path, monkeypatch, cap
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
         saver = Saver(tmp_path, ONE, keep=2, keep_best=False, sharded=False)
         for step in (1, 2, 3):
-            saver.save({"w": torch.ones(1)}, {"0.m": torch.ones(1)}, dict(step=step))
+            saver.save({"w": torch.ones(1)}, {"0.m": torch.ones(1)}, state_of(step))
         saver.close()
         assert capsys.readouterr().err.count("--shutdown-timeout is safer") == int(elastic)
 
@@ -536,7 +541,7 @@ def test_a_slow_save_under_torchrun_is_warned_of_once(tmp_path, monkeypatch, cap
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     saver = Saver(tmp_path, ONE, keep=2, keep_best=True, sharded=False)
     for step, loss in enumerate((3.0, 1.0, None, 2.0, 2.5, 4.0), 1):
-        saver.save({"w": torch.ones(1)}, {"0.m": torch.ones(1)}, dict(step=step, val_loss=loss))
+        saver.save({"w": torch.ones(1)}, {"0.m": torch.ones(1)}, state_of(step, loss))
     saver.wait()
     saver.close()
     assert [p.name[-1] for p in checkpoint_folders(tmp_path)] == ["6", "5", "2"]

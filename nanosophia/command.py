@@ -88,7 +88,7 @@ def _prepare_streams() -> None:
 
 
 def _exit(code: int, prefix: str, message: str) -> NoReturn:
-    rank = os.environ.get("RANK", "0")
+    rank, message = os.environ.get("RANK", "0"), message.replace("\n", "\\n")
     with contextlib.suppress(OSError):
         if message:
             print(prefix + (f"rank {rank}: " if rank != "0" else "") + message, file=sys.stderr,

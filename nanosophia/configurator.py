@@ -243,8 +243,8 @@ def _check_range(f: Any, value: Any) -> None:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{f.name} = {value!r} is none of {', '.join(choices)}{hint}", f.name)
         return
-    if isinstance(value, str) and "\0" in value:
-        raise ConfigError(f"{f.name} = {value!r} holds a NUL character", f.name)
+    if isinstance(value, str):
+        _check_text(f.name, value)
     if type(value) is not f.type:
         raise ConfigError(f"{f.name} = {value!r} is not {_TYPE_WORDS[f.type]}", f.name)
     if f.type is float and not math.isfinite(value):
@@ -254,6 +254,17 @@ def _check_range(f: Any, value: Any) -> None:
         limit = f.metadata.get(bound)
         if limit is not None and not holds(value, limit):
             raise ConfigError(f"{f.name} = {value} must be {words} {limit}", f.name)
+
+
+def _check_text(name: str, value: str) -> None:
+    """Raises ConfigError on text that no file of ours could hold, or no system call take."""
+    if "\0" in value:
+        raise ConfigError(f"{name} = {value!r} holds a NUL character", name)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name} = {value!r} is not valid UTF-8 at character {error.start}; give "
+                          "it in UTF-8, in a locale that has it", name) from None
 
 
 _TYPE_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}

@@ -7,8 +7,10 @@ continues with the same command and ends with the same bytes.
 """
 
 import hashlib
+import io
 import json
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,10 +22,10 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from nanosophia.configurator import Settings, option
+from nanosophia.configurator import Settings, Stopped, option
 from nanosophia.documents import CorpusError, Documents
 from nanosophia.encoding import cut_in_two, encode_documents
-from nanosophia.files import create, fsync, reason, reopen, write_text
+from nanosophia.files import create, fsync, open_file, reason, reopen, write_text
 from nanosophia.folder_lock import FolderLock
 from nanosophia.schemas import META, PROGRESS, Meta, Progress, read
 from nanosophia.tokenizer import (
@@ -57,6 +59,12 @@ class PrepareSettings(Settings):
         others = {"out_dir", "num_proc", "block_size", "verify", "streaming"}
         return {key: str(value) for key, value in asdict(self).items() if key not in others}
 
+    def next_flags(self) -> str:
+        """Returns the flags with which train.py trains on the folder."""
+        folder = self.out_dir if "/" in self.out_dir else f"./{self.out_dir}"
+        flags = [f" --dataset={shlex.quote(folder)}"] if self.out_dir else []
+        return "".join(flags + [f" --block_size={self.block_size}"] * (self.block_size < 1024))
+
 
 def prepare(settings: PrepareSettings, here: Path, documents: Callable[[], Documents],
             tokenizer: str) -> dict | None:
@@ -86,8 +94,8 @@ def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_pro
     Until all is done the folder holds `*.partial` files and progress.json, from which the same call
     continues; earlier files stay valid. `settings` are those that shape the result. Raises
     CorpusError when a split has fewer than `min_tokens`, the disk refuses, a document cannot be
-    read, Ctrl-C was pressed, or the folder holds unfinished work of another command; LockError when
-    another process prepares it.
+    read, or the folder holds unfinished work of another command; Stopped after Ctrl-C; LockError
+    when another process prepares it.
     """
     encoding = get_tokenizer(tokenizer)
     if encoding.n_vocab > 1 << 16:
@@ -104,7 +112,6 @@ def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_pro
                           for name in SPLITS}
                 try:
                     _fill(splits, documents, task, out_dir, tokenizer, num_proc)
-                    _check_lengths(splits, documents.name, min_tokens)
                     meta = _describe(splits, task, tokenizer, encoding)
                 finally:
                     for split in splits.values():
@@ -114,13 +121,15 @@ def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_pro
                         file.write(encoding.json.encode())
                         file.flush()
                         os.fsync(file.fileno())
+                _check_lengths(meta, out_dir, min_tokens)
                 progress = dict(task=task, splits={}, meta=meta)
                 _write_json(out_dir / PROGRESS, progress)
+            _check_lengths(progress["meta"], out_dir, min_tokens)
             _publish(out_dir, progress["meta"])
         except OSError as error:
-            raise CorpusError(f"cannot write to {out_dir}: {reason(error)}; what is done is kept: "
-                              "mend that and run the same command again, or give another "
-                              "--out_dir") from error
+            raise CorpusError(f"cannot write to {error.filename or out_dir}: {reason(error)}; mend "
+                              "that and run the same command again, which continues, or give "
+                              "another --out_dir") from error
     return progress["meta"]
 
 
@@ -135,17 +144,18 @@ class _SplitFile:
         """Continues after what `saved`, an earlier `progress()`, counts; cuts off what follows."""
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
         self.digest, self.tokens, self.documents = hashlib.sha256(), 0, 0
+        if saved and not self.partial.is_file():
+            raise CorpusError(f"{self.partial} is missing; remove {PROGRESS} there to start again")
         self.file: BinaryIO = reopen(self.partial) if saved else create(self.partial)
         if saved:
             self.tokens, self.documents = saved["tokens"], saved["documents"]
             left = 2 * self.tokens
-            while left:
-                block = self.file.read(min(left, 1 << 20))
-                if not block:
-                    raise CorpusError(f"{self.partial} is shorter than {PROGRESS} says; remove "
-                                      f"both and start again")
+            while left and (block := self.file.read(min(left, 1 << 20))):
                 self.digest.update(block)
                 left -= len(block)
+            if self.digest.hexdigest() != saved["sha256"]:
+                raise CorpusError(f"{self.partial} is not what {PROGRESS} says; remove {PROGRESS} "
+                                  "there to start again")
             self.file.seek(2 * self.tokens)
             self.file.truncate()
 
@@ -158,10 +168,7 @@ class _SplitFile:
     def progress(self) -> dict:
         self.file.flush()
         os.fsync(self.file.fileno())
-        return dict(tokens=self.tokens, documents=self.documents)
-
-    def describe(self) -> dict:
-        return dict(file=self.path.name, **self.progress(), sha256=self.digest.hexdigest())
+        return dict(tokens=self.tokens, documents=self.documents, sha256=self.digest.hexdigest())
 
 
 def _read_progress(out_dir: Path, task: dict[str, str]) -> Progress:
@@ -186,12 +193,6 @@ def _read_progress(out_dir: Path, task: dict[str, str]) -> Progress:
         raise CorpusError(f"{out_dir} holds unfinished work of another command or other documents "
                           f"({differing or 'files have changed'}); run that one, remove {PROGRESS} "
                           "there to start again, or give another --out_dir")
-    for split in meta["splits"].values() if meta else ():
-        file = out_dir / split["file"]
-        partial = file.with_name(file.name + PARTIAL)
-        found = partial if partial.exists() else file  # renamed before a kill
-        if not found.is_file() or found.stat().st_size != 2 * split["tokens"]:
-            raise CorpusError(f"{found} is not what {path} says; remove {path.name} to start again")
     return progress
 
 
@@ -201,20 +202,20 @@ def _describe(splits: dict[str, _SplitFile], task: dict, tokenizer: str, encodin
         tokenizer=FILE_NAME if isinstance(encoding, FileEncoding) else tokenizer,
         tokenizer_sha256=task["tokenizer_sha256"], vocab_size=encoding.n_vocab,
         eot_token=encoding.eot_token,
-        splits={name: split.describe() for name, split in splits.items()})
+        splits={name: dict(file=split.path.name, **split.progress())
+                for name, split in splits.items()})
 
 
-def _check_lengths(splits: dict[str, _SplitFile], source: str, min_tokens: int) -> None:
+def _check_lengths(meta: Meta, out_dir: Path, min_tokens: int) -> None:
     """Raises CorpusError, and leaves nothing behind, where a split cannot be trained on."""
-    for name, split in splits.items():
-        if split.tokens < min_tokens:
-            for s in splits.values():
-                s.partial.unlink(missing_ok=True)
-            (split.path.parent / PROGRESS).unlink(missing_ok=True)
+    for name, split in meta["splits"].items():
+        if split["tokens"] < min_tokens:
+            for left in (*(file + PARTIAL for file in _names(meta)), PROGRESS):
+                (out_dir / left).unlink(missing_ok=True)
             raise CorpusError(
-                f"{source} gives {split.documents:,} documents of {split.tokens:,} tokens for the "
-                f"{name} split, a window needs block_size + 1 = {min_tokens:,}; give more text, "
-                "another split, or a smaller --block_size if you train with one")
+                f"{meta['source']} gives {split['documents']:,} documents of {split['tokens']:,} "
+                f"tokens for the {name} split, a window needs block_size + 1 = {min_tokens:,}; "
+                "give more text, another split, or a smaller --block_size if you train with one")
 
 
 def _names(meta: Meta) -> list[str]:
@@ -223,12 +224,25 @@ def _names(meta: Meta) -> list[str]:
 
 
 def _publish(out_dir: Path, meta: Meta) -> None:
-    """Gives the complete files their names; with meta.json, the last, the folder is finished."""
+    """Gives the complete files their names; with meta.json, the last, the folder is finished.
+
+    Before anything of an earlier preparation is replaced, all files must be there.
+    """
+    sha256 = {split["file"]: split["sha256"] for split in meta["splits"].values()}
+    sha256 |= {FILE_NAME: meta["tokenizer_sha256"]}
+    for name in _names(meta):
+        path = out_dir / name
+        if path.with_name(name + PARTIAL).exists():
+            continue
+        with open_file(path) if path.exists() else io.BytesIO() as file:  # renamed before a kill
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256[name]:
+                raise CorpusError(f"{path}{PARTIAL} has vanished; remove {PROGRESS} there to start "
+                                  "again")
     (out_dir / META).unlink(missing_ok=True)  # it describes the old files
     fsync(out_dir)
     for name in _names(meta):
         partial = out_dir / (name + PARTIAL)
-        if partial.exists():  # else it was renamed before a kill
+        if partial.exists():
             os.replace(partial, out_dir / name)
     fsync(out_dir)
     _write_json(out_dir / META, meta)
@@ -264,8 +278,12 @@ def _fill(splits: dict[str, _SplitFile], documents: Documents, task: dict, out_d
                     save()
                     last_saved = tokens()
                 if interrupted():
-                    raise CorpusError("interrupted; the same command continues where it stopped")
-    except CorpusError:
+                    raise Stopped("interrupted; the same command continues", signal.SIGINT)
+        count = sum(split.documents for split in splits.values())
+        if not documents.val_share and documents.count not in (None, count):
+            raise CorpusError(f"{documents.name} had {documents.count:,} documents at first and "
+                              f"gave {count:,}; it has changed: remove {PROGRESS} to start again")
+    except (CorpusError, Stopped):
         if whole:
             save()
         raise

@@ -21,7 +21,7 @@ from torch import Tensor
 from nanosophia.configurator import UserError
 from nanosophia.files import reason
 from nanosophia.schemas import META, PROGRESS, Meta, read
-from nanosophia.tokenizer import GPT2_CLASSES, resolve_tokenizer
+from nanosophia.tokenizer import GPT2_CLASSES, fingerprint, get_tokenizer, resolve_tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Streams of random numbers that must not meet; part of the key of every generator.
@@ -56,7 +56,18 @@ class Dataset:
     vocab_size: int  # number of real classes
     tokenizer: str
     fingerprint: dict  # of the data a run has seen, for resume
-    note: str  # what the user should know, or ""
+    note: str = ""  # what the user should know
+    tokenizer_sha256: str = ""  # of the tokenizer that made the files, if meta.json says it
+
+    def encoding(self):
+        """Returns the tokenizer; raises DataError where it is not the one that made the files."""
+        encoding = get_tokenizer(self.tokenizer)
+        if (self.tokenizer_sha256 and self.tokenizer_sha256 != fingerprint(encoding)) or \
+                self.vocab_size != encoding.n_vocab:
+            raise DataError(f"the tokenizer {self.tokenizer} is not the one that made "
+                            f"{self.folder}, of {self.vocab_size} classes; supply that one, or "
+                            "prepare the folder again")
+        return encoding
 
 
 def open_dataset(name: str, block_size: int, bare_tokens: str = "none") -> Dataset:
@@ -69,20 +80,25 @@ def open_dataset(name: str, block_size: int, bare_tokens: str = "none") -> Datas
     if not folder.is_dir() or ("/" in name and Path(name).is_dir()):
         folder = Path(name)
     try:
+        changed_at = _changed_at(folder / META)
         meta, note = _describe(folder, name, bare_tokens)
         arrays = {split: _map_tokens(folder / meta["splits"][split]["file"], name,
                                      meta["splits"][split].get("tokens"), block_size)
                   for split in ("train", "val")}
-        if "format" in meta and read(folder / META, Meta) != meta:
+        if _changed_at(folder / META) != changed_at:
             raise DataError(f"{folder} is being prepared anew at this moment; wait for it")
         tokenizer = resolve_tokenizer(folder, meta["tokenizer"])
-        fingerprint = {split: f"{len(tokens)} tokens, sampled sha256 " + _check_ids(
+        seen = {split: f"{len(tokens)} tokens, sampled sha256 " + _check_ids(
             Path(tokens.filename), tokens, meta["vocab_size"]) for split, tokens in arrays.items()}
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be read: {reason(error)}; check its "
                         "permissions and the disk") from error
     return Dataset(folder, arrays["train"], arrays["val"], meta["vocab_size"], tokenizer,
-                   fingerprint, note)
+                   seen, note, meta.get("tokenizer_sha256", ""))
+
+
+def _changed_at(path: Path) -> tuple[int, int] | None:
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None
 
 
 def _describe(folder: Path, name: str, bare_tokens: str) -> tuple[dict, str]:

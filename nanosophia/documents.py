@@ -49,9 +49,7 @@ def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],
                     yield split_of(row), text
             first += count
 
-    identity = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return Documents(pattern, hashlib.sha256(repr((identity, column)).encode()).hexdigest(), total,
-                     read)
+    return Documents(pattern, _identity(files, column), total, read)
 
 
 def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[int], str]], *,
@@ -75,22 +73,41 @@ def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[in
             count = _count_rows(rows, hub_split)
             break
         except Exception as error:  # the hub's clients raise of many kinds
-            first_line = str(error).strip().partition("\n")[0]
-            errors.append(f"{type(error).__name__}: {first_line}")
+            errors.append(f"{type(error).__name__}: {_first_line(error)}")
     else:
         raise CorpusError(f"{name} could not be loaded ({'; then '.join(errors)}); check the "
                           "network, or give local files with --input=FILES")
     split_of = split(count)
 
     def read(start: int) -> Iterator[tuple[str, str]]:
-        rest = rows.skip(start) if start else rows
-        for row, example in enumerate(rest, start):
+        rest, row = iter(rows.skip(start) if start else rows), start
+        while True:
+            try:
+                example = next(rest, None)
+            except Exception as error:  # of many kinds, as above
+                raise CorpusError(f"{name}, after row {row}: {type(error).__name__}: "
+                                  f"{_first_line(error)}; the same command continues") from None
+            if example is None:
+                return
             if not isinstance(example.get(column), str):
                 raise CorpusError(f"{name}, row {row}: no text in the column {column!r}")
             yield split_of(row), example[column]
+            row += 1
 
     identity = f"{name} {hub_split} {count} {rows.info.version}"
+    if Path(name).is_dir():
+        identity += _identity(sorted(p for p in Path(name).rglob("*") if p.is_file()))
     return Documents(name, identity, count, read)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:500]
+
+
+def _identity(files: list[Path], *more: str) -> str:
+    """Returns what changes when files do."""
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr((facts, *more)).encode(errors="backslashreplace")).hexdigest()
 
 
 def _count_rows(rows, hub_split: str) -> int:
@@ -104,20 +121,24 @@ def _count_rows(rows, hub_split: str) -> int:
 
 def find_files(pattern: str) -> list[Path]:
     """Returns files of a comma-separated list of files, folders and globs, each once, sorted."""
-    if not pattern:
-        raise CorpusError("no input: give --input=FILES (files, folders or globs)")
+    parts = [part for part in pattern.split(",") if part]
+    if not parts:
+        raise CorpusError("no input: give files, folders or globs")
     files = []
-    for part in filter(None, pattern.split(",")):
+    for part in parts:
         path = Path(part)
         matches = ([p for p in path.rglob("*") if _reader(p)] if path.is_dir()
                    else [Path(p) for p in glob(part, recursive=True)])
         if not matches:
-            raise CorpusError(f"--input: {part} matches no file; give {', '.join(READERS)} files, "
-                              "a folder or a glob")
+            raise CorpusError(f"{part} matches no file; give {', '.join(READERS)} files, a folder "
+                              "or a glob (a name with * ? [ or a comma: its folder)")
+        for match in matches:
+            if not match.is_file() and not (path.is_dir() or match.is_dir()):
+                raise CorpusError(f"{match} is no regular file; leave it out, or copy it to one")
         files += sorted(p for p in matches if p.is_file())
     for path in files:
         if _reader(path) is None:
-            raise CorpusError(f"--input: {path} is none of {', '.join(READERS)}")
+            raise CorpusError(f"{path} is none of {', '.join(READERS)}")
     return list(dict.fromkeys(files))
 
 
@@ -134,8 +155,12 @@ def _reader(path: Path) -> "Reader | None":
 
 
 def _open_parquet(path: Path):
-    import pyarrow
-    import pyarrow.parquet
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise CorpusError(f"{path} needs the package `pyarrow`; run pip install -r "
+                          "requirements.txt") from None
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -203,7 +228,7 @@ def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[str]:
 
 def _text(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise CorpusError(f"{where}: {column} is {value!r}, not text")
+        raise CorpusError(f"{where}: {column} is {repr(value)[:80]}, not text; mend or remove it")
     return value
 
 
@@ -211,7 +236,7 @@ def _read_txt(path: Path, column: str, skip: int) -> Iterator[str]:
     if skip:
         return
     try:
-        yield path.read_text(encoding="utf-8")
+        yield path.read_bytes().decode()  # line ends stay as they are
     except (UnicodeDecodeError, OSError) as error:
         raise CorpusError(f"{path} is not readable UTF-8 text: {error}") from None
 

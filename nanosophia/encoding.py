@@ -136,17 +136,18 @@ def _encode(tokenizer: str, texts: list[str], ended: list[bool]) -> bytes:
     end = np.array([encoding.eot_token], dtype=np.uint16)
     parts = []
     for text, ends in zip(texts, ended, strict=True):
-        # Text that spells a special token is text, as with encode_ordinary.
         try:
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates, replaced as encode_ordinary does
+            text.encode()
+        except UnicodeEncodeError:  # lone surrogates, replaced as tiktoken's encode_ordinary does
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        try:  # text that spells a special token is text
             ids = encoding.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:  # of tokenizers also a panic, which is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise CorpusError(f"tokenizer {tokenizer} fails on a text that begins "
-                              f"{text[:80]!r}: {error}") from None
+                              f"{text[:80]!r} ({error}); leave that "
+                              "document out, or give another tokenizer") from None
         parts.append(ids.astype(np.uint16))
         if ends:
             parts.append(end)

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from nanosophia.dataloader import Dataset, ValidationWindows, gather, inputs_and_targets
 from nanosophia.distributed import Ranks, reshard, sum_over_ranks
-from nanosophia.tokenizer import TokenizerError, byte_lengths, get_tokenizer
+from nanosophia.tokenizer import TokenizerError, byte_lengths
 
 Autocast = Callable[[], AbstractContextManager]  # the context of every forward pass
 
@@ -68,7 +68,7 @@ def describe_loss(loss: float, data: Dataset) -> str:
     ids, counts = np.unique(data.val[1:], return_counts=True)
     parts = [f"loss {loss:.5f} nats per token, perplexity {math.exp(loss):.2f}"]
     try:
-        lengths = np.array(byte_lengths(get_tokenizer(data.tokenizer)))
+        lengths = np.array(byte_lengths(data.encoding()))
         size = int((lengths[ids] * counts).sum())
         parts.append(f"{loss / math.log(2) * (len(data.val) - 1) / size:.5f} bits per byte, over "
                      f"{size:,} bytes")

@@ -2,11 +2,12 @@
 
 import fcntl
 import os
+import re
 import socket
 from pathlib import Path
 
 from nanosophia.configurator import UserError
-from nanosophia.files import reason, reopen
+from nanosophia.files import read_bytes, reason, reopen
 
 _held = set()  # lock files of this process
 
@@ -39,9 +40,13 @@ class FolderLock:
         """
         if self._file is not None:
             return
+        path = self._folder / "lock"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = reopen(self._folder / "lock", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            if path.is_file() and (path.stat().st_nlink > 1 or not self._holder()):
+                raise LockError(f"{path} is a file that no lock of ours wrote; rename it, or give "
+                                "another --out_dir")
+            file = reopen(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         except OSError as error:
             raise LockError(f"cannot write to --out_dir={self._folder}: {reason(error)}; "
                             "give another one") from error
@@ -62,11 +67,9 @@ class FolderLock:
         _held.add(file)
 
     def _holder(self) -> str:
-        try:
-            text = (self._folder / "lock").read_text(errors="replace").strip()
-        except OSError:
-            text = ""
-        return text if text.isprintable() and text else "another process"
+        """Returns which process the file names, "" where it is not of a lock."""
+        text = read_bytes(self._folder / "lock").decode(errors="replace")
+        return (text or "another process") if re.fullmatch(r"(process \d+ on \S+)?", text) else ""
 
 
 def _release_in_child() -> None:

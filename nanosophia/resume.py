@@ -149,7 +149,7 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     config = resolve_vocab_size(config, sources, data)
     _require_memory(config)
     if config.sample_tokens and not config.eval_only:
-        get_tokenizer(data.tokenizer)  # a missing one fails now, not after training
+        data.encoding()  # a missing one fails now, not after training
     if config.parallel == "fsdp" and ranks.world_size > 1 and config.sample_tokens:
         notes.append("no sample is drawn from a sharded model at the end; use sample.py")
     return Start(config, data, weights, checkpoint, [*notes, *filter(None, [data.note])])

@@ -79,7 +79,7 @@ class Split(TypedDict):
 
     __pydantic_config__ = _KEEP_OTHERS
     file: PlainName
-    tokens: Count
+    tokens: Annotated[int, Field(ge=1, lt=2**62)]
     documents: Count
     sha256: Sha256
 
@@ -109,6 +109,7 @@ class SplitProgress(TypedDict):
 
     tokens: Count
     documents: Count
+    sha256: Sha256
 
 
 class Progress(TypedDict):

@@ -12,7 +12,6 @@ from nanosophia.dataloader import Dataset
 from nanosophia.distributed import Ranks
 from nanosophia.generate import generate
 from nanosophia.options import Config
-from nanosophia.tokenizer import get_tokenizer
 
 
 def print_summary(config: Config, model: GPT, ranks: Ranks, data: Dataset, windows: int,
@@ -36,7 +35,7 @@ def print_summary(config: Config, model: GPT, ranks: Ranks, data: Dataset, windo
 
 def print_sample(config: Config, model: GPT, data: Dataset, device: torch.device) -> None:
     """Prints a short text of the model."""
-    tokenizer = get_tokenizer(data.tokenizer)
+    tokenizer = data.encoding()
     start = torch.tensor([[tokenizer.eot_token]], device=device)
     ids = generate(model, start, config.sample_tokens, temperature=0.8, top_k=200,
                    num_classes=data.vocab_size,

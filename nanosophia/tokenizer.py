@@ -101,6 +101,8 @@ class FileEncoding:
             raise TokenizerError(f"tokenizer {name} could not be read ({error}); give the path of "
                                  "a tokenizer.json") from error
         self._tokenizer.encode_special_tokens = True  # text that spells a special token is text
+        self._tokenizer.no_truncation()  # a published file may ask for either
+        self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.n_vocab = max(ids, default=0) + 1
         if self.n_vocab > MOST_CLASSES:
@@ -110,6 +112,9 @@ class FileEncoding:
         if eot is None:
             raise TokenizerError(f"tokenizer {name} has no {EOT} to end documents with")
         self.eot_token = eot
+        if eot in self.encode_ordinary(f"a{EOT}b"):
+            raise TokenizerError(f"tokenizer {name} takes {EOT} in a text for the end of a "
+                                 "document; mark it as special in its added_tokens")
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Returns ids of the text."""

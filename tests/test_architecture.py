@@ -54,7 +54,7 @@ ALLOWED = {
     "evaluation": {"dataloader", "distributed", "tokenizer"},
     "resume": {"model", "checkpoint", "configurator", "dataloader", "distributed", "files",
                "optimizers", "options", "schemas", "tokenizer", "weights"},
-    "summary": {"model", "dataloader", "distributed", "generate", "options", "tokenizer"},
+    "summary": {"model", "dataloader", "distributed", "generate", "options"},
     "documents": {"configurator"},
     "folder_lock": {"configurator", "files"},
     "saver": {"checkpoint", "distributed", "files"},

@@ -112,7 +112,7 @@ def test_any_text_is_prepared_and_its_share_is_for_validation(tmp_path, refused)
                             (0.01, "11")):
         documents = module.text_documents(str(tmp_path / "many"), share)
         assert [t for s, t in documents.read(0) if s == "val"] == expected.split(), share
-    assert "no input: give --input=FILES" in refused(
+    assert "no input: give files, folders or globs" in refused(
         module.main, [f"--out_dir={tmp_path / 'x'}", "--tokenizer=bytes"])
     assert "val_fraction = 0.6 must be at most 0.5" in refused(
         module.main, [f"--out_dir={tmp_path / 'x'}", "--val_fraction=0.6"])
@@ -233,7 +233,7 @@ def test_nothing_is_written_through_a_planted_link(tmp_path, name):
         write_corpus(documents, tmp_path / "out", "bytes")
         assert name != "lock" and verify(tmp_path / "out")
     except LockError as error:
-        assert name == "lock" and "cannot write to" in str(error)
+        assert name == "lock" and "is a file that no lock of ours wrote" in str(error)
     assert victim.read_text() == "precious"
 
 
@@ -386,8 +386,8 @@ def test_ctrl_c_ends_a_preparation_in_one_line(tmp_path, num_proc):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 2
-    assert errors == "error: interrupted; the same command continues where it stopped\n"
+    assert process.returncode == 130
+    assert errors == "interrupted; the same command continues\n"
 
 
 def _alive(pid: str) -> bool:
@@ -405,14 +405,14 @@ def test_lone_surrogates_of_web_dumps_are_replaced(tmp_path):
     assert ids.tolist() == [*"a\ufffdb".encode(), 256]
 
 
-def test_a_full_disk_is_reported_and_what_is_done_is_kept(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     import errno
 
     def full(self, ids, documents):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(corpus._SplitFile, "append", full)
-    with pytest.raises(CorpusError, match="No space left on device; what is done is kept"):
+    with pytest.raises(CorpusError, match="No space left on device; mend that and run the"):
         write_corpus(listed([("train", "a")]), tmp_path, "bytes")
 
 
@@ -546,6 +546,127 @@ def test_openwebtext_prepares_local_files(tmp_path, gpt2_cache, capsys, refused)
     (tmp_path / "one.txt").write_text("x")
     assert "1 document is not enough" in refused(module.main, [f"--input={tmp_path / 'one.txt'}",
                                                                f"--out_dir={tmp_path / 'o'}"])
+
+
+def changed_json(tokenizer_json, tmp_path, **changes):
+    content = json.loads(tokenizer_json.read_text()) | changes
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_a_tokenizer_file_that_truncates_or_pads_does_neither(tmp_path, tokenizer_json):
+    documents = listed([("train", "the cat sat " * 50), ("val", "the mat " * 30)])
+    plain = write_corpus(documents, tmp_path / "a", str(tokenizer_json))
+    changed = write_corpus(documents, tmp_path / "b", changed_json(
+        tokenizer_json, tmp_path,
+        truncation=dict(direction="Right", max_length=20, strategy="LongestFirst", stride=0),
+        padding=dict(strategy=dict(Fixed=800), direction="Right", pad_to_multiple_of=None, pad_id=0,
+                     pad_type_id=0, pad_token=EOT)))
+    assert changed["splits"] == plain["splits"]
+
+
+def test_a_tokenizer_file_that_ends_documents_inside_a_text_is_refused(tmp_path, tokenizer_json):
+    tokens = json.loads(tokenizer_json.read_text())["added_tokens"]
+    path = changed_json(tokenizer_json, tmp_path, added_tokens=[t | dict(special=False)
+                                                                for t in tokens])
+    with pytest.raises(TokenizerError, match="in a text for the end of a document"):
+        get_tokenizer(path)
+
+
+def test_lone_surrogates_are_replaced_for_a_tokenizer_file_too(tmp_path, tokenizer_json):
+    documents = listed([("train", "a\ud800b cat"), ("val", "the cat sat")])
+    write_corpus(documents, tmp_path / "out", str(tokenizer_json))
+    data = open_dataset(str(tmp_path / "out"), 1)
+    assert get_tokenizer(data.tokenizer).decode(data.train.tolist()) == f"a\ufffdb cat{EOT}"
+
+
+def test_line_ends_of_a_text_stay_as_they_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    assert texts(local_documents(str(tmp_path / "a.txt"), all_train)) == ["one\r\ntwo\rthree\n"]
+
+
+@pytest.mark.parametrize("left", ["train.bin.partial", "val.bin.partial", "tokenizer.json.partial"])
+def test_files_that_vanish_meanwhile_are_missed_and_the_old_ones_stay(tmp_path, tokenizer_json,
+                                                                      monkeypatch, left):
+    old = write_corpus(listed([("train", "old " * 40), ("val", "former " * 9)]), tmp_path / "out",
+                       "bytes")
+    original = corpus._publish
+
+    def publish(out_dir, meta):
+        (out_dir / left).unlink()
+        original(out_dir, meta)
+
+    monkeypatch.setattr(corpus, "_publish", publish)
+    new = listed([("train", "the cat " * 40), ("val", "the mat " * 9)])
+    with pytest.raises(CorpusError, match=f"{left} has vanished; remove progress.json"):
+        write_corpus(new, tmp_path / "out", str(tokenizer_json))
+    assert json.loads((tmp_path / "out" / "meta.json").read_text()) == old
+    verify(tmp_path / "out")
+
+
+def test_a_source_that_ends_early_is_an_error(tmp_path):
+    source = Documents("a list", "a list", 5, lambda start: iter([("train", "a"), ("val", "b")]))
+    with pytest.raises(CorpusError, match="had 5 documents at first and gave 2; it has changed"):
+        write_corpus(source, tmp_path, "bytes")
+
+
+def test_unfinished_files_that_were_changed_are_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanosophia.encoding.BATCH_CHARACTERS", 64)
+    monkeypatch.setattr(corpus, "SAVE_TOKENS", 50)
+
+    def failing(start):
+        yield from [("train", "a text " * 20), ("val", "a text " * 20)][start:]
+        raise CorpusError("bad")
+
+    source = Documents("a list", "a list", 3, failing)
+    with pytest.raises(CorpusError, match="bad"):
+        write_corpus(source, tmp_path, "bytes")
+    flip(tmp_path / "train.bin.partial", 3)
+    with pytest.raises(CorpusError, match="train.bin.partial is not what progress.json says"):
+        write_corpus(source, tmp_path, "bytes")
+    (tmp_path / "train.bin.partial").unlink()
+    with pytest.raises(CorpusError, match="train.bin.partial is missing; remove progress.json"):
+        write_corpus(source, tmp_path, "bytes")
+
+
+def test_a_lock_that_is_the_users_file_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lock").write_text("my notes")
+    with pytest.raises(LockError, match="is a file that no lock of ours wrote"):
+        write_corpus(listed([("train", "a"), ("val", "b")]), tmp_path / "out", "bytes")
+    assert (tmp_path / "out" / "lock").read_text() == "my notes"
+
+
+def test_a_name_that_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "a.txt").write_text("a")
+    for pattern in (f"{tmp_path}/a.txt,{tmp_path}/pipe.txt", f"{tmp_path}/*.txt"):
+        with pytest.raises(CorpusError, match="pipe.txt is no regular file"):
+            local_documents(pattern, all_train)
+    with pytest.raises(CorpusError, match="no input"):
+        local_documents(",", all_train)
+
+
+def test_text_that_is_not_utf8_is_refused_among_the_settings(tmp_path, refused):
+    line = refused(script("text").main, ["--input=caf\udce9.txt", f"--out_dir={tmp_path}"])
+    assert "input = 'caf\\udce9.txt' is not valid UTF-8 at character 3" in line
+
+
+@pytest.mark.parametrize("changes", [dict(vocab_size=60000), dict(tokenizer_sha256="0" * 64)])
+def test_another_tokenizer_than_the_datas_is_refused_where_it_is_needed(tmp_path, changes):
+    write_corpus(listed([("train", "abc" * 50), ("val", "xyz")]), tmp_path, "bytes")
+    change_meta(tmp_path, **changes)
+    with pytest.raises(DataError, match="the tokenizer bytes is not the one that made"):
+        open_dataset(str(tmp_path), 2).encoding()
+
+
+def test_the_next_command_finds_the_folder_and_its_short_splits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text("x" * 3000)
+    script("text").main(["--input=in.txt", "--tokenizer=bytes", "--block_size=64",
+                         "--out_dir=a b"])
+    assert "--dataset='./a b' --block_size=64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spoil, words", [

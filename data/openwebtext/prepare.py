@@ -79,8 +79,7 @@ def main(argv: list[str]) -> None:
     meta = prepare(settings, HERE, documents, "gpt2")
     if meta:
         check_published(meta)
-        dataset = f" --dataset={settings.out_dir}" if settings.out_dir else ""
-        print(f"next: python train.py config/train_gpt2_30m_sophiag.py{dataset}")
+        print(f"next: python train.py config/train_gpt2_30m_sophiag.py{settings.next_flags()}")
 
 
 if __name__ == "__main__":

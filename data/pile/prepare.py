@@ -68,8 +68,7 @@ def main(argv: list[str]) -> None:
     """Prepares the corpus; exits with 2 and one line when that fails."""
     settings, _ = load(PileSettings, argv, "python data/pile/prepare.py [--key=value]")
     if prepare(settings, HERE, lambda: pile_documents(settings), settings.tokenizer):
-        dataset = settings.out_dir or "pile"
-        print(f"next: python train.py CONFIG --dataset={dataset}")
+        print(f"next: python train.py CONFIG{settings.next_flags() or ' --dataset=pile'}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     """Prepares the corpus; exits with 2 and one line when that fails."""
     settings, _ = load(PrepareSettings, argv, "python data/stdlib/prepare.py [--key=value]")
     if prepare(settings, HERE, stdlib_documents, "bytes"):
-        print("next: python train.py config/quickstart.py")
+        print(f"next: python train.py config/quickstart.py{settings.next_flags()}")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
     meta = prepare(settings, HERE, lambda: text_documents(settings.input, settings.val_fraction),
                    settings.tokenizer)
     if meta:
-        print(f"next: python train.py config/train_gpt2_30m_sophiag.py "
-              f"--dataset={settings.out_dir or 'text'}")
+        print("next: python train.py config/train_gpt2_30m_sophiag.py"
+              f"{settings.next_flags() or ' --dataset=text'}")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ class Sophia(torch.optim.Optimizer):
             if hhat is not None and hhat.shape != p.shape:
                 raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} for "
                                  f"a parameter of shape {tuple(p.shape)}")
-        bad = [~x.isfinite().all() for x in estimates if x is not None]
+        bad = [~self._curvature(x.to(state_dtype(p))).isfinite().all()
+               for (_, p), x in zip(items, estimates, strict=True) if x is not None]
         bad = torch.stack([x.to(bad[0].device) for x in bad]).any() if bad else None
         self.nonfinite_estimates = self.nonfinite_estimates + (0 if bad is None else bad.long())
         skip = self._skip_flag(bad)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import GPT, GPTConfig
+from nanosophia.baselines import AdaHessian
 from nanosophia.chunked_loss import chunked_cross_entropy
 from nanosophia.controlled_gamma import ControlledSophia, control_gamma
 from nanosophia.estimators import (
@@ -955,6 +956,14 @@ def test_an_estimate_that_is_not_finite_changes_nothing_and_is_counted(make, val
         assert optimizer.nonfinite_estimates == 2 - first
         step()
         assert all(torch.isfinite(p).all() for p in params)
+
+
+def test_a_curvature_that_overflows_in_the_states_precision_changes_nothing():
+    p = nn.Parameter(torch.ones(3))
+    for optimizer, hhat in ((Sophia([p]), torch.full((3,), 1e300, dtype=torch.float64)),
+                            (AdaHessian([p]), torch.full((3,), 1e30))):  # averages the square
+        optimizer.update_hessian([hhat])
+        assert optimizer.nonfinite_estimates == 1 and not optimizer.state
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -336,9 +336,8 @@ def sampled_cross_entropy(logits: Tensor, *, num_classes: int | None = None,
     one per label, decide the draw. Raises ValueError on other shapes and counts.
     """
     if logits.dim() not in (2, 3) or logits.size(-1) < 2:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} are not (B, V) or (B, T, V) with "
-                         "two classes or more; for one logit per label use "
-                         "sampled_binary_cross_entropy")
+        raise ValueError(f"logits of shape {tuple(logits.shape)} are not (B, V) or (B, T, V); for "
+                         "one logit per label use sampled_binary_cross_entropy")
     logits = logits.reshape(-1, logits.size(-1))  # (n, V)
     if num_classes is not None and not 2 <= num_classes <= logits.size(1):
         raise ValueError(f"num_classes = {num_classes} must be from 2 to {logits.size(1)}")
@@ -359,15 +358,12 @@ def sample_labels(logits: Tensor, uniforms: Tensor | None = None) -> Tensor:
 
 
 def sampled_binary_cross_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the binary cross-entropy summed over labels drawn from sigmoid(logits), and their
-    number.
+    """Returns the cross-entropy summed over labels drawn from sigmoid(logits), and their number.
 
     logits of any shape have one label each: the head of a two-class or a multi-label classifier.
     """
-    logits = logits.to(state_dtype(logits))
-    labels = (torch.rand_like(logits) < logits.detach().sigmoid()).to(logits)
-    loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-    return loss, torch.tensor(logits.numel(), device=loss.device)
+    logits = logits.flatten()
+    return sampled_cross_entropy(torch.stack((torch.zeros_like(logits), logits), dim=1))
 
 
 def sampled_squared_error(means: Tensor) -> tuple[Tensor, Tensor]:

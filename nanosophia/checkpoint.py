@@ -75,7 +75,11 @@ class Checkpoint(NamedTuple):
 
     def _tensors(self, file: str, belongs: Callable[[str], bool]) -> dict[str, Tensor]:
         if (self.folder / file).exists():
-            return load_file(self.folder / file)
+            try:
+                return load_file(self.folder / file)
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.folder / file} was not written by this code: {error}"
+                                      ) from error
         found = {name: torch.empty(m.size, dtype=m.properties.dtype)
                  for name, m in read_metadata(self.folder).items() if belongs(name)}
         _read_shards(self.folder, found, no_dist=True)
@@ -102,7 +106,7 @@ class Checkpoint(NamedTuple):
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise CheckpointError(f"{self.folder} is a checkpoint of another model: "
+            raise CheckpointError(f"{self.folder} is a checkpoint of another model or optimizer: "
                                   f"{str(error).splitlines()[0]}") from error
 
 
@@ -125,8 +129,8 @@ def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], 
                 group=group)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {folder} could not be written: {error}; earlier "
-                              "checkpoints are intact") from error
+        raise CheckpointError(f"checkpoint {folder} could not be written: {error}"
+                              ) from error
     if ranks.is_main:
         try:
             write_text(out_dir / "latest", folder.name + "\n")
@@ -232,24 +236,26 @@ def load_latest(out_dir: Path, *, quarantine: bool = False) -> Checkpoint | None
     A damaged one is passed over with a warning, and the one before is taken; with `quarantine`, for
     the process that holds the run's lock, it is renamed to `.corrupt`, and one of that name that
     verifies after all gets its name back. Raises CheckpointError when none of several is intact, or
-    one cannot be read: then nothing is renamed.
+    one cannot be read or is of other code: then nothing is renamed.
     """
-    folders = checkpoint_folders(out_dir, quarantined=True)
+    folders, damaged, found = checkpoint_folders(out_dir, quarantined=True), {}, None
     for folder in folders:
-        plain = folder.with_name(folder.name.partition(CORRUPT)[0])
         try:
             found = open_checkpoint(folder)
+            break
         except DamagedCheckpoint as error:
-            if not folder.exists() or folder != plain:
-                continue  # its trainer has removed it in the meantime, or it is known to be damaged
-            renamed = f"renamed to {_set_aside(folder, CORRUPT).name}, " if quarantine else ""
-            print(f"warning: {error}; {renamed}trying the one before", file=sys.stderr, flush=True)
-            continue
-        if folder != plain:
-            if quarantine:
-                found = found._replace(folder=folder.rename(plain))
-            print(f"note: {folder} is intact after all and is taken again", file=sys.stderr,
-                  flush=True)
+            if folder.exists() and CORRUPT not in folder.name:  # not removed by its trainer
+                damaged[folder] = error
+    for folder, error in damaged.items():
+        renamed = f"renamed to {_set_aside(folder, CORRUPT).name}, " if quarantine else ""
+        print(f"warning: {error}; {renamed}trying the one before", file=sys.stderr, flush=True)
+    if found is not None and CORRUPT in found.folder.name:
+        print(f"note: {found.folder} is intact after all and is taken again", file=sys.stderr,
+              flush=True)
+        if quarantine:
+            plain = found.folder.with_name(found.folder.name.partition(CORRUPT)[0])
+            found = found._replace(folder=found.folder.rename(plain))
+    if found is not None:
         return found
     if folders:
         names = ", ".join(folder.name for folder in folders)
@@ -262,22 +268,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Verifies every file of a checkpoint folder.
 
     Raises DamagedCheckpoint where one was read and is not what was written, or is not there;
-    CheckpointError where one cannot be read.
+    CheckpointError where one cannot be read, or state.json is as it was written and not known here.
     """
     try:
         manifest = read(folder / MANIFEST, Manifest)
         stray = {p.name for p in folder.glob("*.safetensors")} - manifest.keys()
-        if stray or STATE not in manifest:
+        tensors = {MODEL, OPTIMIZER} & manifest.keys() or {n for n in manifest if "shard" in n}
+        if stray or STATE not in manifest or (len(tensors) == 1 and tensors < {MODEL, OPTIMIZER}) \
+                or not tensors:
+            lacking = stray or {STATE, MODEL, OPTIMIZER} - manifest.keys()
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not name "
-                                    f"{', '.join(stray) or STATE}")
+                                    f"{', '.join(sorted(lacking))}")
         for name, recorded in manifest.items():
             entry = (folder / name).lstat()
-            if not stat.S_ISREG(entry.st_mode) or entry.st_size != recorded["size"] \
-                    or file_digest(folder / name) != recorded:
+            if not stat.S_ISREG(entry.st_mode):
+                raise CheckpointError(f"{folder / name} is a link or no file; put the file there")
+            if entry.st_size != recorded["size"] or file_digest(folder / name) != recorded:
                 raise DamagedCheckpoint(f"{folder / name} does not match its checksum")
-        state = read(folder / STATE, State)
-        if folder.name.startswith("step_") and f"step_{state['step']:08d}" not in folder.name:
-            raise DamagedCheckpoint(f"{folder / STATE} is of step {state['step']}")
+        return Checkpoint(folder, _read_state(folder))
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {error.filename} is missing") \
             from error
@@ -287,7 +295,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if isinstance(error, CheckpointError):
             raise
         raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {error}") from error
-    return Checkpoint(folder, state)
+
+
+def _read_state(folder: Path) -> State:
+    """Returns state.json, whose checksum is right: what is wrong in it was written so."""
+    try:
+        state = read(folder / STATE, State)
+        if _NAME.fullmatch(folder.name) and f"step_{state['step']:08d}" not in folder.name:
+            raise ValueError(f"it is of step {state['step']}")
+        return state
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STATE} was written by other code or by hand: {error}; "
+                              "use the code that wrote it, or move the folder away") from error
 
 
 def _unreadable(error: OSError, path: Path) -> CheckpointError:

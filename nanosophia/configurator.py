@@ -136,7 +136,7 @@ def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
-        line = getattr(error, "lineno", 1)
+        line = getattr(error, "lineno", None) or 1
         raise ConfigError(f"{path}:{line}: not a Python assignment: {error}") from None
     names: dict[str, tuple[Any, int]] = {}
     for node in tree.body:
@@ -252,6 +252,8 @@ def _check_range(f: Any, value: Any) -> None:
     for bound, holds, words in (("low", operator.ge, "at least"), ("above", operator.gt, "above"),
                                 ("high", operator.le, "at most"), ("below", operator.lt, "below")):
         limit = f.metadata.get(bound)
+        if bound == "high" and limit is None:
+            limit = {int: 2**53, float: 3e38}.get(f.type)  # what numbers elsewhere can hold
         if limit is not None and not holds(value, limit):
             raise ConfigError(f"{f.name} = {value} must be {words} {limit}", f.name)
 

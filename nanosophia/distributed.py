@@ -7,6 +7,7 @@ no loss, data or config file.
 
 import ctypes
 import os
+import re
 import signal
 import threading
 import time
@@ -58,9 +59,9 @@ def world_size() -> int:
 
 def _from_environment(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isascii() or not text.isdigit() or int(text) < (name == "WORLD_SIZE"):
-        raise DeviceError(f"the environment has {name} = {text!r}, which is not a number of ranks; "
-                          "unset it, or start several ranks with torchrun")
+    if not re.fullmatch(r"[0-9]{1,6}", text) or (name == "WORLD_SIZE" and int(text) == 0):
+        raise DeviceError(f"the environment has {name} = {text[:80]!r}, which is none; unset it, "
+                          "or start several ranks with torchrun")
     return int(text)
 
 
@@ -73,6 +74,11 @@ def start_ranks(device: str) -> Ranks:
         raise DeviceError(f"WORLD_SIZE is {world_size()} but RANK, LOCAL_RANK or MASTER_ADDR is "
                           "not set; start several ranks with torchrun")
     rank, local_rank = (_from_environment(name, 0) for name in ("RANK", "LOCAL_RANK"))
+    if rank >= world_size():
+        raise DeviceError(f"the environment has RANK = {rank} and WORLD_SIZE = {world_size()}; "
+                          "unset them, or start several ranks with torchrun")
+    if world_size() > 1:
+        _from_environment("MASTER_PORT", -1)
     place = _find_device(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)

@@ -1,10 +1,12 @@
 """The lock of a folder: two processes must not train in it, or prepare it, at once."""
 
+import contextlib
 import fcntl
 import os
 import re
 import socket
 from pathlib import Path
+from typing import BinaryIO
 
 from nanosophia.configurator import UserError
 from nanosophia.files import read_bytes, reason, reopen
@@ -40,31 +42,33 @@ class FolderLock:
         """
         if self._file is not None:
             return
-        path = self._folder / "lock"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if path.is_file() and (path.stat().st_nlink > 1 or not self._holder()):
-                raise LockError(f"{path} is a file that no lock of ours wrote; rename it, or give "
-                                "another --out_dir")
-            file = reopen(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        except OSError as error:
-            raise LockError(f"cannot write to --out_dir={self._folder}: {reason(error)}; "
-                            "give another one") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = self._open(self._folder / "lock")
         except BlockingIOError as error:
-            file.close()
             raise LockError(f"{self._folder} is in use by {self._holder()}; wait for it, stop it, "
                             "or give another --out_dir") from error
-        except OSError as error:  # a file system without locks
-            file.close()
-            raise LockError(f"{self._folder} cannot be locked: {reason(error)}; give an --out_dir "
-                            "on another file system") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
-        self._file = file
-        _held.add(file)
+        except OSError as error:
+            raise LockError(f"cannot write to --out_dir={self._folder}: {reason(error)} "
+                            f"({error.filename or 'lock'}); mend that, or give another one") \
+                from error
+        _held.add(self._file)
+
+    def _open(self, path: Path) -> BinaryIO:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and (path.stat().st_nlink > 1 or not self._holder()):
+            raise LockError(f"{path} is a file that no lock of ours wrote; rename it, or give "
+                            "another --out_dir")
+        file = reopen(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.close()
+            raise
+        return file
 
     def _holder(self) -> str:
         """Returns which process the file names, "" where it is not of a lock."""

@@ -229,9 +229,9 @@ def _start_wandb(id_file: Path, **settings):
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return parse(line.encode(), Record)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _brief(record: dict) -> str:

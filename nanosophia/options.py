@@ -60,9 +60,9 @@ class Config(Settings, GPTConfig):
         "none", "what the ids are where no meta.json says it; gpt2 for .bin files of nanoGPT")
     sampling: Literal["epochs", "random"] = option(
         "epochs", "every window once before any again, or nanoGPT's random places")
-    batch_size: int = option(15, "sequences per micro-batch and rank", low=1)
+    batch_size: int = option(15, "sequences per micro-batch and rank", low=1, high=1 << 20)
     total_batch_size: int = option(
-        480, "sequences per step over all ranks and micro-batches", low=1)
+        480, "sequences per step over all ranks and micro-batches", low=1, high=1 << 20)
 
     optimizer: str = option(
         "sophiag", "adamw, lion, muon, adahessian, sophiag, sophiah; of the paper's Fig. 7 clip, "

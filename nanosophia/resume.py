@@ -169,7 +169,7 @@ def _find_checkpoint(config: Config) -> Checkpoint | None:
                               "--init_from=resume, or give another --out_dir", "out_dir")
         return None
     found = load_latest(out_dir, quarantine=not config.eval_only)
-    if found is None and config.init_from == "resume":
+    if found is None and (config.init_from == "resume" or config.eval_only):
         raise CheckpointError(f"{out_dir} holds no checkpoint to resume; check --out_dir, or "
                               "start with --init_from=scratch")
     return found
@@ -198,6 +198,13 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
                          f"{given!r} from now on")
     if config.dtype == "auto":
         values["dtype"] = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    if checkpoint:
+        now = dict(dtype=values.get("dtype", config.dtype), world_size=ranks.world_size)
+        before = dict(dtype=saved.get("dtype", now["dtype"]),
+                      world_size=checkpoint.state["world_size"])
+        notes += [f"{key} was {before[key]} until step {checkpoint.state['step']} and is "
+                  f"{now[key]} from now on, so losses round otherwise"
+                  for key in now if now[key] != before[key]]
     try:
         return replace(config, **values), sorted(notes)
     except ConfigError as error:
@@ -283,9 +290,14 @@ def _require_memory(config: Config) -> None:
 
 def write_config(config: Config) -> None:
     """Writes config.json to the run's folder; raises CheckpointError where that is impossible."""
+    path = Path(config.out_dir) / "config.json"
     try:
-        text = json.dumps(asdict(config), indent=1) + "\n"
-        write_text(Path(config.out_dir) / "config.json", text)
+        if path.exists():
+            read(path, RunConfig)  # of an earlier start of this run
+        write_text(path, json.dumps(asdict(config), indent=1) + "\n")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not of a run and would be replaced ({error}); give "
+                              "another --out_dir") from error
     except OSError as error:
-        raise CheckpointError(f"cannot write to --out_dir={config.out_dir}: {reason(error)}; give "
-                              "another one") from error
+        raise CheckpointError(f"cannot write {path}: {reason(error)}; mend that, or give another "
+                              "--out_dir") from error

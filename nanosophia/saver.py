@@ -85,10 +85,11 @@ class Saver:
             return
         self._failures += 1
         if self._failures > FAILURES_ALLOWED or not older:
-            times = f"{self._failures} times in a row" if older else "and there is none before it"
-            raise CheckpointError(f"{error} ({times}, so training stops)")
+            times = f"{self._failures} times in a row" if older else "the first of the run"
+            raise SaveError(f"{error} ({times}, so training stops); {self._describe_newest()}")
         if self.ranks.is_main:
-            print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)
+            print(f"warning: {error}; earlier checkpoints are intact, training goes on",
+                  file=sys.stderr, flush=True)
 
     def _outcome(self) -> tuple[str, bool]:
         """Waits for the save in progress; returns its error, if any, and whether others exist."""
@@ -119,13 +120,16 @@ class Saver:
             if not error:
                 return
             if pause is None:
-                newest = on_main(self.ranks, lambda: _describe_newest(self.out_dir))
-                raise SaveError(f"{error}; {len(RETRY_PAUSES) + 1} attempts failed, {newest}")
+                raise SaveError(f"{error}; {len(RETRY_PAUSES) + 1} attempts failed, "
+                                f"{self._describe_newest()}")
             if self.ranks.is_main:
                 print(f"warning: {error}; the last save is tried again in {pause:g} s",
                       file=sys.stderr, flush=True)
             time.sleep(pause)
             self._submit()
+
+    def _describe_newest(self) -> str:
+        return on_main(self.ranks, lambda: _describe_newest(self.out_dir))
 
     def close(self) -> None:
         """Waits for this rank's thread."""

@@ -37,7 +37,7 @@ class Counters(TypedDict):
     """The loop's counts since the last record."""
 
     steps: Count
-    clipped: Annotated[float, Field(ge=0)]
+    clipped: Annotated[float, Field(ge=0, lt=2**53)]
 
 
 class GuardCounts(TypedDict):

@@ -22,7 +22,7 @@ from nanosophia.checkpoint import (
     open_checkpoint,
 )
 from nanosophia.configurator import ConfigError
-from nanosophia.files import read_bytes, reason
+from nanosophia.files import open_file, read_bytes, reason
 from nanosophia.options import Config
 from nanosophia.schemas import (
     NanoGPTArgs,
@@ -150,7 +150,8 @@ def foreign_weights(source: str) -> Weights:
 
 def _nanogpt_weights(path: Path) -> Weights:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open_file(path) as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {reason(error)}") from error
     except Exception as error:  # whatever a malformed or malicious file makes torch raise

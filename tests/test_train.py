@@ -288,7 +288,21 @@ def test_resuming_on_other_data_is_refused(tiny, refused, data_dir, tmp_path):
         train.main, tiny("--init_from=resume", f"--dataset={other}"))
 
 
+def test_a_folder_of_something_else_is_no_out_dir(tiny, tmp_path, refused):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "config.json is not of a run and would be replaced" in refused(train.main, tiny())
+    assert (tmp_path / "run" / "config.json").read_text() == '{"model_type": "gpt2"}'
+
+
+def test_what_makes_a_resumed_run_round_otherwise_is_noted(tiny, capsys):
+    run_train(*tiny("--dtype=float64"))
+    run_train(*tiny("--init_from=resume", "--max_iters=9"))
+    assert "dtype was float64 until step 6 and is float32 from now on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag, words", [
+    ("--eval_only", "holds no checkpoint to resume"),
     ("--init_from=resume", "holds no checkpoint to resume"),
     ("--device=cuda:99", "CUDA devices are there"),
     ("--device=abacus", "is not a device"),

@@ -127,7 +127,8 @@ class Sophia(torch.optim.Optimizer):
                                  f"a parameter of shape {tuple(p.shape)}")
         bad = [~self._curvature(x.to(state_dtype(p))).isfinite().all()
                for (_, p), x in zip(items, estimates, strict=True) if x is not None]
-        bad = torch.stack([x.to(bad[0].device) for x in bad]).any() if bad else None
+        on_meta = bad and bad[0].is_meta  # a dry run, without values
+        bad = torch.stack([x.to(bad[0].device) for x in bad]).any() if bad and not on_meta else None
         self.nonfinite_estimates = self.nonfinite_estimates + (0 if bad is None else bad.long())
         skip = self._skip_flag(bad)
         for (group, p), hhat in zip(items, estimates, strict=True):
@@ -160,7 +161,7 @@ class Sophia(torch.optim.Optimizer):
         """Returns whether found_inf or `bad` skips an update: None for no, True, or a 0-dim tensor
         where updates read it on the device."""
         flag = self.found_inf if bad is None else bad
-        if flag is None or flag.is_meta:  # meta tensors have no values to be wrong
+        if flag is None:
             return None
         if bad is not None and self.found_inf is not None:
             flag = bad | (self.found_inf.to(bad.device) != 0)

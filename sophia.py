@@ -100,12 +100,11 @@ class Sophia(torch.optim.Optimizer):
                     raise ValueError(f"{name}: {key} = {values[key]!r} must be {legal_range}")
         super().add_param_group(param_group)
         if any(p.is_complex() for p in self.param_groups[-1]["params"]):
-            raise ValueError(f"{name} takes no complex parameters; give their real view "
-                             "(torch.view_as_real)")
+            raise ValueError(f"{name} takes no complex parameters; give torch.view_as_real(p)")
 
     def parameters(self) -> list[Tensor]:
-        """Returns the parameters that are trained, which have one estimate each, in this order."""
-        return [p for _, p in self._items() if p.requires_grad]
+        """Returns every parameter once, in the order of the groups, which is that of estimates."""
+        return [p for _, p in self._items()]
 
     def _items(self) -> list[tuple[dict, Tensor]]:
         return [(group, p) for group in self.param_groups for p in group["params"]]
@@ -116,29 +115,26 @@ class Sophia(torch.optim.Optimizer):
 
         None leaves that parameter's h as it is. Raises ValueError on another count or shape.
         """
-        items = [(group, p) for group, p in self._items() if p.requires_grad]
-        estimates = list(estimates)
+        items, estimates = self._items(), list(estimates)
         if len(estimates) != len(items):
             raise ValueError(f"update_hessian got {len(estimates)} estimates for {len(items)} "
                              "parameters; give one each, in the order of parameters()")
-        for (_, p), hhat in zip(items, estimates, strict=True):
-            if hhat is not None and hhat.shape != p.shape:
+        given = [(*item, x) for item, x in zip(items, estimates, strict=True) if x is not None]
+        for _, p, hhat in given:
+            if hhat.shape != p.shape:
                 raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} for "
                                  f"a parameter of shape {tuple(p.shape)}")
-        bad = [~self._curvature(x.to(state_dtype(p))).isfinite().all()
-               for (_, p), x in zip(items, estimates, strict=True) if x is not None]
-        on_meta = bad and bad[0].is_meta  # a dry run, without values
-        bad = torch.stack([x.to(bad[0].device) for x in bad]).any() if bad and not on_meta else None
-        self.nonfinite_estimates = self.nonfinite_estimates + (0 if bad is None else bad.long())
+        finite = [self._curvature(hhat.to(state_dtype(p))).isfinite().all()
+                  for _, p, hhat in given if not hhat.is_meta]  # meta: in a dry run
+        bad = ~torch.stack([x.to(finite[0].device) for x in finite]).all() if finite else None
+        self.nonfinite_estimates = self.nonfinite_estimates + (bad.long() if finite else 0)
         skip = self._skip_flag(bad)
-        for (group, p), hhat in zip(items, estimates, strict=True):
-            if hhat is not None and skip is not True:
-                state = self._state(p)
-                state["estimates"] += 1
-                h = state["hessian"]
-                hhat = self._curvature(hhat.to(h.dtype))
-                h.lerp_(hhat if skip is None else torch.where(skip != 0, h, hhat),
-                        1 - group["betas"][1])
+        for group, p, hhat in given if skip is not True else ():
+            state = self._state(p)
+            state["estimates"] += 1
+            h, (_, beta2) = state["hessian"], group["betas"]
+            hhat = self._curvature(hhat.to(h.dtype))
+            h.lerp_(hhat if skip is None else torch.where(skip != 0, h, hhat), 1 - beta2)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -221,9 +217,8 @@ class Sophia(torch.optim.Optimizer):
             for name, shape in needed.items():
                 found = saved[i][name].shape if name in saved[i] else None
                 if found != shape:
-                    raise ValueError(f"{type(self).__name__}: the state is of another optimizer or "
-                                     f"model: {name} of parameter {i} must have shape "
-                                     f"{tuple(shape)}, has {found and tuple(found)}")
+                    raise ValueError(f"a state of another optimizer or model: {name} of parameter "
+                                     f"{i} must be {tuple(shape)}, is {found and tuple(found)}")
         super().load_state_dict(state_dict)
         for i, p in zip(order, params, strict=True):
             for name, value in saved.get(i, {}).items():
@@ -251,39 +246,42 @@ class SophiaH(Sophia):
 
 
 def hutchinson(losses: Iterable[Callable[[], Tensor]], params: Sequence[Tensor], *,
-               generator: torch.Generator | None = None) -> list[Tensor]:
+               generator: torch.Generator | None = None) -> list[Tensor | None]:
     """Returns Hutchinson's estimate of the Hessian's diagonal (Algorithm 1), one tensor per param.
 
     hhat = u * (H u) with u ~ N(0, I) drawn from `generator`, on the params' device (ranks that
     average their results must use one seed); its expectation is diag(H), which may be negative. H
     is the Hessian of the sum of `losses`, functions that each compute a scalar: one per micro-batch
-    (a mean loss divided by their number), to bound memory. `.grad` is neither read nor written.
+    (a mean loss divided by their number), to bound memory. A param that requires no gradient gets
+    None. `.grad` is neither read nor written.
     Attention inside runs on the math kernel, the only one with a second derivative. Raises
     RuntimeError where the loss has none (a fused kernel forced inside, a compiled module).
     """
     params = list(params)
+    trained = [p for p in params if p.requires_grad]
     u = [torch.randn(p.shape, generator=generator, device=p.device, dtype=state_dtype(p))
-         for p in params]
+         for p in trained]
     total = [torch.zeros_like(x) for x in u]
     for loss in losses:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             try:
-                gradient = torch.autograd.grad(loss(), params, create_graph=True,
+                gradient = torch.autograd.grad(loss(), trained, create_graph=True,
                                                materialize_grads=True, allow_unused=True)
                 slope = sum((g * x).sum() for g, x in zip(gradient, u, strict=True))
-                product = torch.autograd.grad(slope, params, materialize_grads=True,
+                product = torch.autograd.grad(slope, trained, materialize_grads=True,
                                               allow_unused=True)
             except RuntimeError as error:
-                error.add_note("hutchinson needs second derivatives, which fused attention kernels "
-                               "and torch.compile do not have: give it the uncompiled module")
+                error.add_note("hutchinson needs second derivatives, which fused kernels and "
+                               "compiled modules do not have")
                 raise
         torch._foreach_add_(total, [x.to(t.dtype) for x, t in zip(product, total, strict=True)])
     torch._foreach_mul_(total, u)
-    return total
+    estimates = dict(zip(trained, total, strict=True))
+    return [estimates.get(p) for p in params]
 
 
 def gauss_newton_bartlett(losses: Losses, params: Sequence[Tensor], *,
-                          all_reduce: AllReduce = None) -> list[Tensor]:
+                          all_reduce: AllReduce = None) -> list[Tensor | None]:
     """Returns the Gauss-Newton-Bartlett estimate of the Hessian's diagonal (Algorithm 2).
 
     With labels drawn from the model's own distribution at n positions, and S the gradient of the
@@ -293,14 +291,18 @@ def gauss_newton_bartlett(losses: Losses, params: Sequence[Tensor], *,
     `losses` are functions that each compute the summed loss on sampled labels and their number, as
     `sampled_cross_entropy(model(x))` does on the bare model: one per micro-batch, to bound memory.
     `all_reduce` sums a list of tensors over ranks in place, where each rank has its own rows. Where
-    there is no label, hhat is 0. Raises ValueError without losses.
+    there is no label, hhat is 0; a param that requires no gradient gets None. Raises ValueError
+    without losses.
     """
-    S, n = summed_gradient(losses, params)
+    params = list(params)
+    trained = [p for p in params if p.requires_grad]
+    S, n = summed_gradient(losses, trained)
     if all_reduce is not None:
         all_reduce([*S, n])
     torch._foreach_mul_(S, S)
     torch._foreach_div_(S, n.to(S[0].dtype).clamp_min(1))
-    return S
+    estimates = dict(zip(trained, S, strict=True))
+    return [estimates.get(p) for p in params]
 
 
 # With summed losses on the true labels the same computation is the paper's ablation E-F (Fig. 7).

@@ -39,7 +39,7 @@ from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load, option
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import Ranks, start_ranks, world_size
-from nanosophia.files import write_text
+from nanosophia.files import read_bytes, write_text
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
 from nanosophia.options import Config
@@ -99,11 +99,15 @@ def main(argv: list[str]) -> None:
     baseline = None
     if settings.baseline:
         baseline = read_report(settings.baseline)
-        argv = [*baseline["command"], *argv]
+        writes = ("--profile", "--json")  # a file must not say where others are written
+        argv = [*(flag for flag in baseline["command"] if not flag.startswith(writes)), *argv]
         settings, sources = load(BenchSettings, argv, "bench.py")
         if settings.contenders != list(baseline["rows"]):
             raise ConfigError(f"--baseline={settings.baseline} compares "
                               f"{'; '.join(baseline['rows'])}; leave --compare out", "compare")
+    if settings.profile and Path(settings.profile).exists() and not \
+            Path(settings.profile).is_file():
+        raise ConfigError(f"--profile={settings.profile} is no file; give another", "profile")
     report = measure(settings, sources)
     report["command"] = [flag for flag in argv
                          if not flag.startswith(("--json=", "--baseline=", "--tolerance="))]
@@ -348,10 +352,14 @@ def table(report: dict) -> str:
 def read_report(path: str) -> dict:
     """Reads a file that --json wrote; raises ConfigError where it is not one."""
     try:
-        report = json.loads(Path(path).read_text())
-        report["command"], report["rows"]  # without these two nothing can be compared
+        report = json.loads(read_bytes(Path(path)))
+        if not all(type(flag) is str for flag in report["command"]):
+            raise TypeError("its command is not a list of flags")
+        report["device_name"], report["torch"]
+        for row in report["rows"].values():
+            row["ratio"], row["least"], row["most"]
         return report
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--baseline={path} is not a file that bench.py --json wrote: {error}; "
                           "write one with --json=FILE") from None
 

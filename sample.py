@@ -43,7 +43,8 @@ class SampleSettings(Settings):
     start: str = option("\n", "prompt; FILE:path reads it from a file, - from standard input; "
                               "<|endoftext|> is understood", section="text")
     interactive: bool = option(False, "ask for prompts, line by line, until an empty one")
-    num_samples: int = option(10, "number of texts; a single sample is streamed", low=1)
+    num_samples: int = option(10, "number of texts; a single sample is streamed", low=1,
+                              high=10_000)
     max_new_tokens: int = option(500, "length of each, unless end-of-text comes before",
                                  unit="tokens", low=1)
 
@@ -51,7 +52,7 @@ class SampleSettings(Settings):
                                 low=0, section="sampling")
     top_k: int = option(200, "only the k most likely tokens; 0 = all", low=0)
     top_p: float = option(1.0, "of these only the most likely that together have this probability",
-                          above=0, high=1)
+                          low=1e-6, high=1)
     repetition_penalty: float = option(1.0, "above 1 makes tokens that occurred before less likely",
                                        low=0.01, high=100)
     seed: int = option(1337, "seed of the sampling", low=0, high=2**63 - 1)

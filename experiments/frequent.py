@@ -21,6 +21,7 @@ from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.dataloader import open_dataset
 from nanosophia.files import write_text
+from nanosophia.schemas import META, Meta, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,17 @@ def main(argv: list[str]) -> None:
     if settings.vocab_size > data.vocab_size:
         raise ConfigError(f"vocab_size = {settings.vocab_size} is more than the "
                           f"{data.vocab_size} classes of {data.folder}; lower it", "vocab_size")
+    out_dir = Path(settings.out_dir)
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise ConfigError(f"{out_dir} is not empty; give a new --out_dir", "out_dir")
+    if settings.val_tokens > len(data.train) - 2:
+        raise ConfigError(f"val_tokens = {settings.val_tokens} leaves nothing of the "
+                          f"{len(data.train)} training tokens; lower it", "val_tokens")
+    before = read(data.folder / META, Meta)
     counts = np.bincount(data.train, minlength=data.vocab_size)
     new_id = np.full(data.vocab_size, settings.vocab_size - 1, dtype=np.uint16)
     kept = np.argsort(-counts, kind="stable")[:settings.vocab_size - 1]
     new_id[kept] = np.arange(len(kept))
-    out_dir = Path(settings.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     splits = {}
     train, val = data.train, data.val
@@ -57,11 +64,15 @@ def main(argv: list[str]) -> None:
     for split, tokens in (("train", train), ("val", val)):
         ids = new_id[tokens]
         ids.tofile(out_dir / f"{split}.bin")
-        splits[split] = dict(tokens=len(ids), sha256=hashlib.sha256(ids).hexdigest())
-    meta = dict(source=f"{data.folder}, the {len(kept)} most frequent tokens", dtype="uint16",
+        splits[split] = dict(file=f"{split}.bin", tokens=len(ids),
+                             documents=int((tokens == before["eot_token"]).sum()),
+                             sha256=hashlib.sha256(ids).hexdigest())
+    meta = dict(format=1, eot_token=int(new_id[before["eot_token"]]),
+                tokenizer_sha256=hashlib.sha256(new_id).hexdigest(),
+                source=f"{data.folder}, the {len(kept)} most frequent tokens", dtype="uint16",
                 tokenizer=f"{data.tokenizer} by frequency", vocab_size=settings.vocab_size,
                 splits=splits)
-    write_text(out_dir / "meta.json", json.dumps(meta, indent=1) + "\n")
+    write_text(out_dir / META, json.dumps(meta, indent=1) + "\n")
     share = counts[kept].sum() / counts.sum()
     print(f"{out_dir}: {settings.vocab_size} classes, {share:.1%} of the training tokens kept")
 

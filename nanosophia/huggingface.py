@@ -83,10 +83,12 @@ def export(settings: HuggingFaceSettings) -> Path:
         raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
     check_exportable(weights.config, settings.out_dir)
     tokenizer = get_tokenizer(weights.tokenizer)
-    folder = Path(settings.export).absolute()
+    folder = Path(os.path.realpath(settings.export))
+    if not folder.name:
+        raise ConfigError(f"--export={settings.export} is no folder to write", "export")
     card = model_card(weights, settings)
     kept = _earlier_card(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    partial = _beside(folder, "partial")
     remove(partial)
     partial.mkdir(parents=True)
     try:
@@ -132,13 +134,18 @@ def _earlier_card(folder: Path) -> str | None:
     return None if _sha256(card) == recorded else card
 
 
+def _beside(folder: Path, what: str) -> Path:
+    """Returns the name of a folder of this command's own, which nobody else would choose."""
+    return folder.with_name(f".{folder.name}.nanosophia-export-{what}")
+
+
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _publish(partial: Path, folder: Path) -> None:
     """Gives the complete folder its name; what an earlier one of that name had beside it stays."""
-    replaced = folder.with_name(folder.name + ".replaced")
+    replaced = _beside(folder, "replaced")
     if folder.exists():
         os.rename(folder, replaced)
     os.rename(partial, folder)
@@ -148,8 +155,8 @@ def _publish(partial: Path, folder: Path) -> None:
 
 def _finish_replacing(folder: Path) -> None:
     """Moves what the replaced folder alone has into its successor, also after a kill."""
-    replaced = folder.with_name(folder.name + ".replaced")
-    if not replaced.is_dir():
+    replaced = _beside(folder, "replaced")
+    if not replaced.is_dir() or replaced.is_symlink():
         return
     if not folder.exists():
         os.rename(replaced, folder)
@@ -255,6 +262,8 @@ def import_weights(settings: HuggingFaceSettings) -> None:
                           "out_dir")
     if checkpoint_folders(out_dir):
         raise ConfigError(f"{out_dir} already holds checkpoints; give another --out_dir", "out_dir")
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        raise ConfigError(f"{out_dir} is not empty; give a new --out_dir", "out_dir")
     weights = foreign_weights(settings.import_from)
     model = weights.build()
     name = weights.tokenizer

@@ -140,11 +140,13 @@ def read_rows(name: str, split: str, data_dir: str) -> list[dict]:
     else:
         rows, where = _fetch(name, split), f"{name} {split}"
     for number, row in enumerate(rows, 1):
-        missing = [f for f in (*task.fields, "label") if f not in row]
+        texts = row if isinstance(row, dict) else {}
+        missing = [f for f in task.fields if not isinstance(texts.get(f), str)]
+        missing += [] if isinstance(texts.get("label"), str | int) else ["label"]
         label = None if missing else task.labels.get(row["label"], row["label"])
         if missing or label not in range(len(task.answers)):
             raise ConfigError(f"{where}, row {number}: " + (
-                f"field {', '.join(missing)} is missing" if missing else
+                f"field {', '.join(missing)} is missing or not text" if missing else
                 f"label {row['label']!r} is not one of the task's"), "data_dir")
         row["label"] = int(label)
     if not rows:

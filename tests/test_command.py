@@ -11,12 +11,14 @@ import time
 
 import pytest
 
+import bench
 import sample
 import train
-from experiments import plot
+from experiments import frequent, plot
 from nanosophia import dry_run, huggingface, superglue
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, read_config_file
+from nanosophia.dataloader import open_dataset
 from nanosophia.documents import CorpusError, local_documents
 from nanosophia.metrics import Recorder, read_records
 from nanosophia.tokenizer import TokenizerError, get_tokenizer
@@ -292,3 +294,38 @@ def test_more_processes_than_cores_are_not_started(tmp_path, capsys, monkeypatch
     script("text").main([f"--input={tmp_path / 'in.txt'}", "--tokenizer=bytes", "--num_proc=99",
                          f"--out_dir={tmp_path / 'out'}"])
     assert "num_proc = 99: this machine has 1 cores, so 1 are used" in capsys.readouterr().out
+
+
+def test_the_most_frequent_tokens_train_like_any_folder_and_replace_none(data_dir, tmp_path,
+                                                                         refused, tiny):
+    flags = [f"--dataset={data_dir}", f"--out_dir={tmp_path / 'few'}", "--vocab_size=12"]
+    frequent.main(flags)
+    assert open_dataset(str(tmp_path / "few"), 16).vocab_size == 12
+    train.main([*tiny(), f"--dataset={tmp_path / 'few'}"])
+    assert "is not empty; give a new --out_dir" in refused(frequent.main, flags)
+    assert "leaves nothing of the" in refused(frequent.main, [
+        *flags, "--val_tokens=10000000", f"--out_dir={tmp_path / 'other'}"])
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("content, words", [
+    (dict(command=["--n_layer=1"], rows={"sophiag": {}}, device_name="x", torch="y"), "'ratio'"),
+    (dict(command=[1], rows={}, device_name="x", torch="y"), "not a list of flags"),
+    (dict(command=[], rows=5, device_name="x", torch="y"), "is not a file that bench.py --json")])
+def test_a_baseline_that_is_none_is_refused_before_the_measurement(tmp_path, refused, content,
+                                                                   words):
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps(content))
+    assert words in refused(bench.main, [f"--baseline={path}"])
+
+
+@pytest.mark.trial(18)
+def test_a_baseline_does_not_say_where_files_are_written(tmp_path, refused):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "baseline.json").write_text(json.dumps(dict(
+        command=[f"--json={victim}", f"--profile={victim}", "--n_layer=x"], rows={},
+        device_name="x", torch="y")))
+    assert "n_layer = 'x'" in refused(bench.main, [f"--baseline={tmp_path / 'baseline.json'}"])
+    assert "is no file; give another" in refused(bench.main, [f"--profile={tmp_path}"])
+    assert victim.read_text() == "precious"

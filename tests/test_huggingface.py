@@ -104,6 +104,30 @@ def test_an_export_replaces_nothing_but_an_export(tiny, tmp_path, refused, place
 
 
 @pytest.mark.trial(19)
+def test_folders_beside_an_export_and_links_to_it_stay(tiny, tmp_path):
+    _, folder = exported(tmp_path, tiny)
+    for name in ("hf.partial", "hf.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("hf", "link"):
+        huggingface.main([f"--out_dir={tmp_path / 'run'}", f"--export={tmp_path / name}"])
+    for name in ("hf.partial", "hf.replaced"):
+        assert (tmp_path / name / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "link").is_symlink() and (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.trial(19)
+def test_an_import_replaces_nothing(gpt2_folder, tmp_path, refused):
+    folder, _ = gpt2_folder
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "tokenizer.json").write_text("mine")
+    line = refused(huggingface.main, [f"--import_from={folder}", f"--out_dir={tmp_path / 'x'}"])
+    assert "is not empty; give a new --out_dir" in line
+    assert (tmp_path / "x" / "tokenizer.json").read_text() == "mine"
+
+
+@pytest.mark.trial(19)
 def test_an_export_is_replaced_but_for_an_edited_card_and_added_files(tiny, tmp_path, capsys):
     _, folder = exported(tmp_path, tiny)
     card, config = (folder / "README.md").read_text(), (folder / "config.json").read_text()

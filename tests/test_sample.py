@@ -56,7 +56,7 @@ def test_a_long_or_an_empty_prompt_works(run, capsys):
 
 
 @pytest.mark.parametrize("flag, words", [
-    ("--top_p=0", "top_p = 0.0 must be above 0"), ("--top_p=1.1", "must be at most 1"),
+    ("--top_p=0", "top_p = 0.0 must be at least 1e-06"), ("--top_p=1.1", "must be at most 1"),
     ("--temperature=-1", "at least 0"), ("--start=FILE:nowhere", "cannot read nowhere"),
     ("--init_from=nowhere.pt", "cannot read nowhere.pt"),
     ("--start=ab\udce9", "not valid UTF-8 at character 2"),

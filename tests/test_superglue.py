@@ -106,6 +106,9 @@ def test_batches_answer_as_one_by_one(run, tmp_path):
 
 @pytest.mark.parametrize("row, words", [
     (dict(passage="x", label=True), "row 2: field question is missing"),
+    (5, "row 2: field passage, question, label is missing"), (None, "is missing or not text"),
+    (dict(passage="x", question=7, label=True), "field question is missing or not text"),
+    (dict(passage="x", question="y", label=[0]), "field label is missing"),
     (dict(passage="x", question="y", label="perhaps"), "row 2: label 'perhaps' is not one"),
     ("{", "cannot be read")])
 def test_bad_files_are_named(run, data, refused, row, words):

@@ -114,7 +114,9 @@ def test_mistakes_are_refused_in_words(refused, flags, words):
 
 def test_a_baseline_of_other_contenders_is_refused(refused, tmp_path):
     stored = tmp_path / "stored.json"
-    stored.write_text(json.dumps(dict(command=SMALL, rows={"optimizer=adamw": {}, "plain": {}})))
+    row = dict(ratio=1.0, least=1.0, most=1.0)
+    stored.write_text(json.dumps(dict(command=SMALL, device_name="cpu", torch="2", rows={
+        "optimizer=adamw": row, "plain": row})))
     message = refused(bench.main, [f"--baseline={stored}", "--compare=plain"])
     assert "compares optimizer=adamw; plain; leave --compare out" in message
 

@@ -130,6 +130,8 @@ def save_figure(figure, *files: Path) -> None:
     """Writes a figure to each file, in the format of its ending, and closes it."""
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_symlink():
+            file.unlink()  # the link is replaced, not what it names
         # A date in the file would make every drawing differ from the last.
         figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot().close(figure)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from nanosophia.command import command
-from nanosophia.configurator import Settings, load, option
+from nanosophia.configurator import ConfigError, Settings, load, option
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,6 +110,8 @@ def _disk_bytes(folder: Path) -> int:
 def main(argv: list[str]) -> None:
     """Prints a Markdown table and the same as JSON."""
     settings, _ = load(PreparationSettings, argv, "python -m experiments.preparation --input=FILE")
+    if not Path(settings.input).is_file():
+        raise ConfigError(f"--input={settings.input} is no file; give a parquet file", "input")
     if settings.recipe_dir:
         run_nanogpt_recipe(settings.input, Path(settings.recipe_dir), settings.num_proc)
         return

@@ -14,7 +14,7 @@ import pytest
 import bench
 import sample
 import train
-from experiments import frequent, plot
+from experiments import frequent, plot, preparation
 from nanosophia import dry_run, huggingface, superglue
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, read_config_file
@@ -202,6 +202,7 @@ def test_what_no_user_can_cause_keeps_its_traceback():
     (huggingface.main, ["--out_dir=nowhere", "--export=x"], "nowhere holds no checkpoint"),
     (superglue.main, ["--out_dir=nowhere"], "nowhere holds no checkpoint"),
     (dry_run.main, ["--n_layer=3"], "give config files"),
+    (preparation.main, ["--input=nowhere"], "--input=nowhere is no file"),
     (plot.main, ["--runs=nowhere"], "nowhere/metrics.jsonl cannot be read"),
     (plot.main, ["--runs=x", "--file=x.gif"], "x.gif is not the name of a png, svg or pdf"),
 ])
@@ -286,6 +287,15 @@ def test_a_dollar_in_a_title_is_drawn_as_it_is(tmp_path):
     (tmp_path / "a$b" / "metrics.jsonl").write_text('{"step": 0, "train/loss": 3.0}\n')
     plot.main([f"--runs={tmp_path / 'a$b'}", "--title=$1 and $\\x", f"--file={tmp_path / 'x.svg'}"])
     assert (tmp_path / "x.svg").is_file()
+
+
+def test_a_picture_replaces_a_link_and_not_what_it_names(tmp_path):
+    figure = plot.pyplot().figure()
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "x.svg").symlink_to(tmp_path / "victim")
+    plot.save_figure(figure, tmp_path / "x.svg")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not (tmp_path / "x.svg").is_symlink()
 
 
 def test_more_processes_than_cores_are_not_started(tmp_path, capsys, monkeypatch):

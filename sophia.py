@@ -100,6 +100,7 @@ class Sophia(torch.optim.Optimizer):
                     raise ValueError(f"{name}: {key} = {values[key]!r} must be {legal_range}")
         super().add_param_group(param_group)
         if any(p.is_complex() for p in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
             raise ValueError(f"{name} takes no complex parameters; give torch.view_as_real(p)")
 
     def parameters(self) -> list[Tensor]:

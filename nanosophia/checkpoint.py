@@ -273,10 +273,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         manifest = read(folder / MANIFEST, Manifest)
         stray = {p.name for p in folder.glob("*.safetensors")} - manifest.keys()
-        tensors = {MODEL, OPTIMIZER} & manifest.keys() or {n for n in manifest if "shard" in n}
-        if stray or STATE not in manifest or (len(tensors) == 1 and tensors < {MODEL, OPTIMIZER}) \
-                or not tensors:
-            lacking = stray or {STATE, MODEL, OPTIMIZER} - manifest.keys()
+        of_shards = any("shard" in name for name in manifest)
+        needed = {STATE} if of_shards else {STATE, MODEL, OPTIMIZER}
+        if lacking := stray | (needed - manifest.keys()):
             raise DamagedCheckpoint(f"{folder / MANIFEST} does not name "
                                     f"{', '.join(sorted(lacking))}")
         for name, recorded in manifest.items():

@@ -927,6 +927,10 @@ def test_frozen_layers_are_left_out():
 def test_complex_parameters_are_refused(cls):
     with pytest.raises(ValueError, match="takes no complex parameters"):
         cls([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+    optimizer = cls([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="takes no complex parameters"):
+        optimizer.add_param_group(dict(params=[torch.zeros(2, dtype=torch.complex128)]))
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

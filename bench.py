@@ -22,6 +22,7 @@ import math
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -39,7 +40,7 @@ from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load, option
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import Ranks, start_ranks, world_size
-from nanosophia.files import read_bytes, write_text
+from nanosophia.files import create, read_bytes, reason, write_bytes, write_text
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
 from nanosophia.options import Config
@@ -101,13 +102,13 @@ def main(argv: list[str]) -> None:
         baseline = read_report(settings.baseline)
         writes = ("--profile", "--json")  # a file must not say where others are written
         argv = [*(flag for flag in baseline["command"] if not flag.startswith(writes)), *argv]
-        settings, sources = load(BenchSettings, argv, "bench.py")
+        settings, sources = load(BenchSettings, argv, "")
         if settings.contenders != list(baseline["rows"]):
             raise ConfigError(f"--baseline={settings.baseline} compares "
                               f"{'; '.join(baseline['rows'])}; leave --compare out", "compare")
-    if settings.profile and Path(settings.profile).exists() and not \
-            Path(settings.profile).is_file():
-        raise ConfigError(f"--profile={settings.profile} is no file; give another", "profile")
+    for key in ("profile", "json"):
+        if getattr(settings, key):
+            check_place(key, Path(getattr(settings, key)))
     report = measure(settings, sources)
     report["command"] = [flag for flag in argv
                          if not flag.startswith(("--json=", "--baseline=", "--tolerance="))]
@@ -116,6 +117,20 @@ def main(argv: list[str]) -> None:
         write_text(Path(settings.json), json.dumps(report, indent=1) + "\n")
     if baseline and print_regressions(baseline, report, settings.tolerance):
         raise SystemExit(1)
+
+
+def check_place(key: str, path: Path) -> None:
+    """Raises ConfigError where a file could not be written, before anything is measured."""
+    trial = path.with_name(path.name + ".partial")
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--{key}={path} is no file; give another", key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        create(trial).close()
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(f"--{key}={path} cannot be written: {reason(error)}; give another",
+                          key) from None
 
 
 def measure(settings: BenchSettings, sources: dict[str, str]) -> dict:
@@ -150,7 +165,7 @@ def contender_config(settings: BenchSettings, sources: dict[str, str], text: str
     """
     flags = [f"--{part.strip()}"
              for part in ("optimizer=adamw" if text == PLAIN else text).split(",")]
-    own, own_sources = load(Config, flags, "bench.py")
+    own, own_sources = load(Config, flags, "")
     values = {f.name: getattr(settings, f.name) for f in fields(Config)}
     values |= {key: getattr(own, key) for key in own_sources}
     if "optimizer" in own_sources and own.optimizer != settings.optimizer:
@@ -321,8 +336,10 @@ def write_profile(contender: Contender, steps: int, path: Path) -> None:
     with torch.profiler.profile(activities=activities) as profiler:
         for number in range(steps):
             contender.step(number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(path))
+    with tempfile.TemporaryDirectory() as folder:  # torch would follow a link at `path`
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        write_bytes(path, trace.read_bytes())
     print(profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40))
 
 

@@ -24,6 +24,7 @@ from nanosophia.checkpoint import MANIFEST, CheckpointError
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.distributed import start_ranks
+from nanosophia.files import read_bytes
 from nanosophia.generate import stream
 from nanosophia.tokenizer import EOT, TextStream, get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, run_weights
@@ -146,9 +147,10 @@ def _read_start(start: str) -> str:
         return start
     path = Path(start[len("FILE:"):])
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--start={start}: cannot read {path}: {error}", "start") from None
+        raise ConfigError(f"--start={start}: cannot read {path}: {error}; --start=- reads a pipe",
+                          "start") from None
 
 
 def _typed_prompts() -> Iterator[str]:

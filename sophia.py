@@ -96,7 +96,7 @@ class Sophia(torch.optim.Optimizer):
                 (("lr", "weight_decay"), lambda x: 0 <= x < math.inf, "at least 0"),
                 (("gamma", "eps"), lambda x: 0 < x < math.inf, "above 0")):
             for key in keys:
-                if isinstance(values[key], str | None) or not is_legal(values[key]):
+                if isinstance(values[key], str | list | tuple | None) or not is_legal(values[key]):
                     raise ValueError(f"{name}: {key} = {values[key]!r} must be {legal_range}")
         super().add_param_group(param_group)
         if any(p.is_complex() for p in self.param_groups[-1]["params"]):

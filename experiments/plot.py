@@ -24,7 +24,7 @@ from typing import Literal
 
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
-from nanosophia.files import write_text
+from nanosophia.files import write_bytes, write_text
 from nanosophia.metrics import read_records
 from nanosophia.schemas import RunConfig, read
 
@@ -54,9 +54,14 @@ class PlotSettings(Settings):
     top: float = option(0.0, "upper end of the loss axis; 0 = automatic", unit="nats", low=0)
     title: str = option("", "title of the picture")
     report: str = option("", "HTML page about one run, to write instead of the picture")
-    samples: int = option(3, "texts in the report, sampled from the newest checkpoint", low=0)
+    samples: int = option(3, "texts in the report, sampled from the newest checkpoint", low=0,
+                          high=100)
 
     def check(self) -> None:
+        for key in ("title", "labels"):
+            if not getattr(self, key).isprintable():
+                raise ConfigError(f"{key} = {getattr(self, key)!r} is more than a line of text",
+                                  key)
         unknown = [p for p in self.panels.split(",") if p not in PANELS]
         if unknown:
             raise ConfigError(f"panels = {self.panels}: {', '.join(unknown) or 'nothing'} is none "
@@ -129,11 +134,11 @@ def clear_frame(axes, *, grid: bool = True) -> None:
 def save_figure(figure, *files: Path) -> None:
     """Writes a figure to each file, in the format of its ending, and closes it."""
     for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_symlink():
-            file.unlink()  # the link is replaced, not what it names
+        content = io.BytesIO()
         # A date in the file would make every drawing differ from the last.
-        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+        figure.savefig(content, format=file.suffix[1:], dpi=150,
+                       metadata={"Date": None} if file.suffix == ".svg" else None)
+        write_bytes(file, content.getvalue())
     pyplot().close(figure)
 
 
@@ -170,7 +175,8 @@ def _draw_panel(axes, panel: str, runs: list[Path], labels: list[str], x: str) -
             if points:
                 axes.plot(*zip(*points, strict=True), color=COLOURS[i % len(COLOURS)],
                           linestyle=STYLES[i % len(STYLES)],
-                          label=label if n == len(lines) - 1 else None, **style)
+                          # matplotlib hides names that begin with _
+                          label=f" {label}" if n == len(lines) - 1 else None, **style)
     if not axes.lines:
         axes.text(0.5, 0.5, "not recorded by these runs", transform=axes.transAxes,
                   ha="center", va="center", color="#777777")
@@ -189,8 +195,8 @@ def draw(settings: PlotSettings) -> None:
     if not runs or len(labels) != len(runs):
         raise ConfigError(f"--runs names {len(runs)} folders, --labels {len(labels)} names; give "
                           "at least one run and as many labels", "runs", "labels")
-    figure = picture(runs, labels, settings.panels.split(","), x=settings.x, top=settings.top,
-                     title=settings.title)
+    figure = picture(runs, labels, list(dict.fromkeys(settings.panels.split(","))), x=settings.x,
+                     top=settings.top, title=settings.title)
     save_figure(figure, Path(settings.file))
 
 

@@ -6,6 +6,7 @@ list continues where it stopped. A `Result` reads what a finished run recorded. 
 (train.py then exits with 1) is a result too: its loss is infinite.
 """
 
+import io
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from pathlib import Path
 from experiments.plot import read_config, read_metrics
 from nanosophia import dry_run, optimizers
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
-from nanosophia.files import reason
+from nanosophia.files import append_text, reason, reopen
 from nanosophia.options import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ class RunSpec:
 
     def load(self) -> tuple[Config, dict[str, str]]:
         """Returns the resolved settings and the source of each given key; raises ConfigError."""
-        config, sources = load(Config, list(self.flags), "train.py")
+        config, sources = load(Config, list(self.flags), "")
         return optimizers.with_own_defaults(config, sources), sources
 
     def config(self) -> Config:
@@ -105,8 +106,12 @@ class Result:
 
     @cached_property
     def config(self) -> Config:
-        """Returns its settings."""
-        return Config(**read_config(self.folder))
+        """Returns its settings; raises ConfigError where they are of other code."""
+        try:
+            return Config(**read_config(self.folder))
+        except TypeError as error:
+            raise ConfigError(f"{self.folder / 'config.json'} is of other code: {error}; give "
+                              "another --out_dir", "out_dir") from None
 
     @property
     def loss(self) -> float:
@@ -265,10 +270,11 @@ def _train(spec: RunSpec, folder: Path, ranks: int, threads: int,
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-    with open(folder / "log.txt", "a+", errors="replace") as log:
+    append_text(folder / "log.txt", "")  # refuses a link, and makes the file
+    with io.TextIOWrapper(reopen(folder / "log.txt"), errors="replace") as log:
         start = log.seek(0, os.SEEK_END)
-        code = processes.start([*launch, "train.py", *spec.flags, f"--out_dir={folder.resolve()}",
-                                "--init_from=auto"], cwd=ROOT, stdout=log, stderr=log,
+        code = processes.start([*launch, str(ROOT / "train.py"), *spec.flags, f"--out_dir={folder}",
+                                "--init_from=auto"], stdout=log, stderr=log,
                                env=environment).wait()
         log.seek(start)
         text = log.read()

@@ -29,7 +29,8 @@ class SamplingSettings(Settings):
     max_new_tokens: int = option(500, "length of each text", unit="tokens", low=1)
     rounds: int = option(3, "rounds that are timed", low=1)
     top_k: int = option(200, "tokens are drawn from the k most likely", low=1)
-    batch: int = option(10, "texts that are sampled together in the row `batch`", low=1)
+    batch: int = option(10, "texts that are sampled together in the row `batch`", low=1,
+                        high=10_000)
 
 
 @torch.no_grad()

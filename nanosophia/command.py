@@ -52,15 +52,16 @@ def _ending(error: BaseException) -> tuple[int, str, str]:
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE, "", ""
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return 2, "error: ", where + error.strerror
+        where = error.filename if error.filename is not None else "standard output or a file"
+        return 2, "error: ", f"{where}: {error.strerror}"
     if isinstance(error, UnicodeError):
         return 2, "error: ", f"text that is not valid Unicode: {words}"
     if type(error).__name__ == "PanicException":  # of a library in Rust; no subclass of Exception
         return 2, "error: ", f"a library refused its input: {words}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
             (isinstance(error, RuntimeError) and any(text in words for text in OUT_OF_MEMORY)):
-        return 1, "error: ", "out of memory; lower batch_size or the model's size"
+        return 1, "error: ", "out of memory; lower the batch size, the number of "\
+            "texts or the model's size"
     raise error
 
 
@@ -88,11 +89,11 @@ def _prepare_streams() -> None:
 
 
 def _exit(code: int, prefix: str, message: str) -> NoReturn:
-    rank, message = os.environ.get("RANK", "0"), message.replace("\n", "\\n")
+    rank, message = os.environ.get("RANK", ""), message.replace("\n", "\\n")
     with contextlib.suppress(OSError):
         if message:
-            print(prefix + (f"rank {rank}: " if rank != "0" else "") + message, file=sys.stderr,
-                  flush=True)
+            where = f"rank {rank}: " if rank.strip("0").isdigit() else ""  # of several
+            print(prefix + where + message, file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

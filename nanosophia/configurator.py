@@ -11,6 +11,7 @@ import difflib
 import math
 import operator
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -89,10 +90,10 @@ RENAMED = {
 def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
     """Returns settings of class `cls` from config files and flags, and each given key's source.
 
-    `argv` holds paths of config files and `--key=value` flags; flags win. `--help` prints every
-    key and exits. Raises ConfigError.
+    `argv` holds paths of config files and `--key=value` flags; flags win. `--help` prints `usage`
+    and every key, and exits, unless there is no usage to print. Raises ConfigError.
     """
-    if any(a in ("-h", "--help") for a in argv):
+    if usage and any(a in ("-h", "--help") for a in argv):
         print(help_text(cls, usage), flush=True)
         sys.exit(0)
     by_name = {f.name: f for f in fields(cls)}
@@ -130,9 +131,8 @@ def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
     """
     if path.suffix != ".py" or not path.is_file():
         known = sorted(str(p) for p in Path("config").glob("*.py"))
-        near = difflib.get_close_matches(str(path), known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; settings are given as --key=value"
-        raise ConfigError(f"config file {path} not found{hint}")
+        hint = _meant(str(path), known) or "settings are given as --key=value"
+        raise ConfigError(f"config file {path} not found; {hint}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError, RecursionError, MemoryError) as error:
@@ -203,9 +203,15 @@ def _known(key: str, by_name: dict, source: str) -> Any:
         return by_name[key]
     hint = RENAMED.get(key)
     if hint is None:
-        near = difflib.get_close_matches(key, by_name, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists every key"
+        hint = _meant(key, by_name) or "--help lists every key"
     raise ConfigError(f"unknown key {key} in {source}; {hint}")
+
+
+def _meant(text: str, known: Iterable[str]) -> str:
+    """Returns a question with the known word that is closest, or nothing where none is close."""
+    by_lower = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(text.lower(), by_lower, n=1)
+    return f"did you mean {by_lower[near[0]]}?" if near else ""
 
 
 def _literal(f: Any, text: str) -> Any:
@@ -239,9 +245,9 @@ def _check_range(f: Any, value: Any) -> None:
     choices = get_args(f.type) if get_origin(f.type) is Literal else None
     if choices:
         if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{f.name} = {value!r} is none of {', '.join(choices)}{hint}", f.name)
+            hint = _meant(str(value), choices)
+            raise ConfigError(f"{f.name} = {value!r} is none of {', '.join(choices)}"
+                              + (f"; {hint}" if hint else ""), f.name)
         return
     if isinstance(value, str):
         _check_text(f.name, value)

@@ -192,13 +192,14 @@ def main(argv: list[str]) -> None:
     """Runs the command: config files, and flags for all of them."""
     files, flags = ([a for a in argv if a.startswith("-") == dash] for dash in (False, True))
     if not files:
+        load(Config, flags, USAGE)  # answers --help
         raise ConfigError("give config files: python -m nanosophia.dry_run config/*.py")
-    configs = {}
-    for file in files:
+    configs, stems = {}, [Path(file).stem for file in files]
+    for file, stem in zip(files, stems, strict=True):
         config, sources = load(Config, [file, *flags], USAGE)
         config = with_own_defaults(config, sources)
         check(config, world_size=1)
-        configs[Path(file).stem] = config
+        configs[stem if stems.count(stem) == 1 else file] = config
     print(table(configs))
 
 

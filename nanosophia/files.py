@@ -15,14 +15,19 @@ LARGEST_TEXT = 256 << 20  # bytes of a description; beyond it a file is somethin
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a text file atomically: after a kill or a power cut it is the old one or the new.
+    """Replaces a text file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file atomically: after a kill or a power cut it is the old one or the new.
 
     Makes missing folders. Raises OSError where the disk refuses; the old file is untouched then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with create(partial) as file:
-        file.write(text.encode())
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT
+from nanosophia.configurator import UserError
 
 
 class LayerCache:
@@ -35,7 +36,7 @@ def stream(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float =
     Only the first `num_classes` ids are drawn (the rest of the vocabulary is padding); the other
     settings are `sample_token`'s. Ends when every row has had `stop_token`; rows that had it before
     repeat it. Keys and values are cached until the context exceeds block_size; from then on it
-    slides by one token, and each step is a full pass.
+    slides by one token, and each step is a full pass. Raises UserError where logits are not finite.
     """
     was_training, size = model.training, model.config.block_size
     model.eval()
@@ -48,6 +49,9 @@ def stream(model: GPT, idx: Tensor, max_new_tokens: int, *, temperature: float =
                           for _ in model.transformer.h]
                 new = idx[:, -size:]
             logits = model(new, caches=caches)[:, -1, :num_classes].float()
+            if not logits.isfinite().all():
+                raise UserError("the model's logits are not finite, so nothing can be sampled; its "
+                                "weights are damaged, or too large for this dtype")
             new = sample_token(logits, temperature, top_k, top_p=top_p, seen=idx,
                              repetition_penalty=repetition_penalty, generator=generator)
             if stop_token is not None:

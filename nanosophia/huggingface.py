@@ -58,6 +58,8 @@ class HuggingFaceSettings(Settings):
         if bool(self.export) == bool(self.import_from):
             raise ConfigError("give one of --export=FOLDER and --import_from=NAME_OR_FOLDER",
                               "export", "import_from")
+        if not self.licence.isprintable():
+            raise ConfigError(f"licence = {self.licence!r} is more than a line of text", "licence")
 
 
 @command()
@@ -68,9 +70,11 @@ def main(argv: list[str]) -> None:
         folder = export(settings)
         print(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({folder!s})")
     else:
-        import_weights(settings)
-        print(f"wrote {settings.out_dir}; next:\n  python sample.py --out_dir={settings.out_dir}\n"
-              f"  python train.py --init_from={settings.import_from}  (to train on from it)")
+        weights = import_weights(settings)
+        print(f"wrote {settings.out_dir}; next:")
+        if weights.tokenizer:  # else nothing says how to decode its samples
+            print(f"  python sample.py --out_dir={settings.out_dir}")
+        print(f"  python train.py --init_from={settings.import_from}  (to train on from it)")
 
 
 def export(settings: HuggingFaceSettings) -> Path:
@@ -254,10 +258,10 @@ def _records(run: Path) -> list[dict]:
         return []
 
 
-def import_weights(settings: HuggingFaceSettings) -> None:
-    """Writes the weights as a run's checkpoint of step 0."""
+def import_weights(settings: HuggingFaceSettings) -> Weights:
+    """Writes the weights as a run's checkpoint of step 0, and returns them."""
     out_dir = Path(settings.out_dir)
-    if out_dir.resolve() == Path(settings.import_from).resolve():
+    if os.path.realpath(out_dir) == os.path.realpath(settings.import_from):
         raise ConfigError(f"--import_from and --out_dir are both {out_dir}; give another --out_dir",
                           "out_dir")
     if checkpoint_folders(out_dir):
@@ -269,12 +273,13 @@ def import_weights(settings: HuggingFaceSettings) -> None:
     name = weights.tokenizer
     if name.endswith(".json"):
         write_text(out_dir / FILE_NAME, get_tokenizer(name).json)
-        name = str(out_dir / FILE_NAME)
+        name = FILE_NAME  # beside the checkpoints, wherever the run is moved to
     config = asdict(Config(**asdict(weights.config))) | dict(
         dataset=f"imported from {settings.import_from}")
     save(out_dir, model.state_dict(), {}, run_state(
         step=0, config=config, model=asdict(weights.config), tokenizer=name,
         num_classes=weights.num_classes), keep=2)
+    return weights
 
 
 if __name__ == "__main__":

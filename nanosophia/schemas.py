@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from nanosophia.files import read_bytes
@@ -70,8 +70,8 @@ class RunConfig(TypedDict):
 
     __pydantic_config__ = _KEEP_OTHERS
     init_from: str
-    total_batch_size: Annotated[int, Field(ge=1)]
-    block_size: Annotated[int, Field(ge=1)]
+    total_batch_size: Annotated[int, Field(ge=1, lt=2**53)]
+    block_size: Annotated[int, Field(ge=1, lt=2**53)]
 
 
 class Split(TypedDict):
@@ -155,11 +155,17 @@ class NanoGPTCheckpoint(TypedDict):
     model_args: NanoGPTArgs
 
 
-class Record(TypedDict):
-    """One line of metrics.jsonl."""
+Number = (Annotated[int, Field(gt=-2**63, lt=2**63)]
+          | Annotated[float, Field(allow_inf_nan=False)] | None)
 
-    __pydantic_config__ = ConfigDict(extra="allow")
-    step: Count
+
+def _with_step(record: dict[str, Number]) -> dict[str, Number]:
+    if not isinstance(step := record.get("step"), int) or step < 0:
+        raise ValueError("its step is no count")
+    return record
+
+
+Record = Annotated[dict[str, Number], AfterValidator(_with_step)]  # a line of metrics.jsonl
 
 
 _adapter = cache(TypeAdapter)  # making one takes about a millisecond

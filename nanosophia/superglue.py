@@ -29,8 +29,9 @@ from nanosophia.checkpoint import CheckpointError
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.distributed import start_ranks
-from nanosophia.files import write_text
+from nanosophia.files import read_bytes, write_text
 from nanosophia.generate import generate
+from nanosophia.schemas import parse
 from nanosophia.tokenizer import get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, run_weights
 
@@ -130,9 +131,9 @@ def read_rows(name: str, split: str, data_dir: str) -> list[dict]:
     if data_dir:
         path = Path(data_dir) / task.folder / f"{split}.jsonl"
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")
+            rows = [parse(line, Any) for line in read_bytes(path).split(b"\n")
                     if line.strip()]
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{path} cannot be read: {reason}; it should be SuperGLUE's file",
                               "data_dir") from None

@@ -31,7 +31,7 @@ from nanosophia.schemas import (
     check,
     read,
 )
-from nanosophia.tokenizer import FILE_NAME, GPT2_CLASSES
+from nanosophia.tokenizer import FILE_NAME, GPT2_CLASSES, resolve_tokenizer
 
 
 class Weights(NamedTuple):
@@ -79,7 +79,8 @@ def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
     if found is None:
         return None
     return Weights(str(found.folder), found.model_tensors(), saved_model_config(found),
-                   found.state["tokenizer"], found.state["num_classes"], found.state)
+                   resolve_tokenizer(out_dir, found.state["tokenizer"]),
+                   found.state["num_classes"], found.state)
 
 
 def saved_model_config(found: Checkpoint) -> GPTConfig:
@@ -163,8 +164,6 @@ def _nanogpt_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path} is not a checkpoint of nanoGPT or of the authors' code: "
                               f"{error}") from error
     tensors = {name.removeprefix("_orig_mod."): x for name, x in content["model"].items()}
-    if not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise CheckpointError(f"{path} holds something else than tensors as the model")
     given = content["model_args"]
     sizes = {key: given[key] for key in NanoGPTArgs.__required_keys__}
     authors = "scale_attn_by_inverse_layer_idx" in given
@@ -173,10 +172,10 @@ def _nanogpt_weights(path: Path) -> Weights:
         scale_attn_by_inverse_layer_idx=bool(
             authors and given["scale_attn_by_inverse_layer_idx"])))
     # The head is tied to wte; older files also hold the causal mask of each layer.
-    kept = {name: x.float() for name, x in tensors.items() if name != "lm_head.weight"
-            and not (name.endswith(".attn.bias") and x.dim() == 4)}
-    plain = config.vocab_size >= GPT2_CLASSES  # otherwise its tokenizer is not known
-    return Weights(str(path), kept, config, "gpt2" if plain else "",
+    kept = {name: _numbers(str(path), name, x) for name, x in tensors.items()
+            if name != "lm_head.weight"
+            and not (name.endswith(".attn.bias") and isinstance(x, Tensor) and x.dim() == 4)}
+    return Weights(str(path), kept, config, _gpt2_if_large(config.vocab_size),
                    min(GPT2_CLASSES, config.vocab_size), {})
 
 
@@ -217,6 +216,7 @@ def _transformers_weights(folder: Path) -> Weights:
     found = {}
     try:
         for file in files:
+            open_file(file).close()  # refuses what would be waited for
             found |= load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
@@ -226,11 +226,26 @@ def _transformers_weights(folder: Path) -> Weights:
         if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")) or \
                 (name.endswith("bias") and not ours.bias):
             continue  # causal masks; the head is tied to wte
-        tensors[name] = (x.t() if name.endswith(TRANSPOSED) else x).float().contiguous()
+        tensors[name] = _numbers(str(folder), name, x.mT if name.endswith(TRANSPOSED)
+                                 and x.dim() == 2 else x)
     file = folder / FILE_NAME
-    plain = config["vocab_size"] == GPT2_CLASSES or not file.exists()
-    return Weights(str(folder), tensors, ours, "gpt2" if plain else str(file),
-                   config["vocab_size"], {})
+    if config["vocab_size"] == GPT2_CLASSES or not file.exists():
+        tokenizer = _gpt2_if_large(config["vocab_size"])
+    else:
+        tokenizer = str(file)
+    return Weights(str(folder), tensors, ours, tokenizer, config["vocab_size"], {})
+
+
+def _numbers(source: str, name: str, x: object) -> Tensor:
+    """Returns weights in float32; raises CheckpointError on anything but dense real numbers."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
+        raise CheckpointError(f"{source}: {name} is no dense tensor of real numbers")
+    return x.float().contiguous()
+
+
+def _gpt2_if_large(vocab_size: int) -> str:
+    """Returns the tokenizer of a model that names none: not known where GPT-2's has more ids."""
+    return "gpt2" if vocab_size >= GPT2_CLASSES else ""
 
 
 # GPTConfig's fields that transformers' GPT-2 can be told of.

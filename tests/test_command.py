@@ -14,15 +14,17 @@ import pytest
 import bench
 import sample
 import train
-from experiments import frequent, plot, preparation
+from experiments import compare, frequent, plot, preparation, runs, sampling
 from nanosophia import dry_run, huggingface, superglue
 from nanosophia.command import command
-from nanosophia.configurator import ConfigError, read_config_file
+from nanosophia.configurator import ConfigError, load, read_config_file
 from nanosophia.dataloader import open_dataset
+from nanosophia.distributed import start_ranks
 from nanosophia.documents import CorpusError, local_documents
 from nanosophia.metrics import Recorder, read_records
 from nanosophia.tokenizer import TokenizerError, get_tokenizer
 from tests.conftest import ROOT
+from tests.test_bench import SMALL
 from tests.test_corpus import all_train, script, texts
 
 COMMANDS = {
@@ -90,7 +92,7 @@ def test_output_that_nobody_takes_ends_a_command_in_a_line_or_silently(name, arg
     assert (code, errors) == (128 + signal.SIGPIPE, "")
     with open("/dev/full", "w") as full:
         code, _, errors = run(name, *argv, stdout=full)
-    assert (code, errors) == (2, "error: No space left on device\n")
+    assert (code, errors) == (2, "error: standard output or a file: No space left on device\n")
 
 
 @pytest.mark.trial(18)
@@ -203,6 +205,12 @@ def test_what_no_user_can_cause_keeps_its_traceback():
     (superglue.main, ["--out_dir=nowhere"], "nowhere holds no checkpoint"),
     (dry_run.main, ["--n_layer=3"], "give config files"),
     (preparation.main, ["--input=nowhere"], "--input=nowhere is no file"),
+    (compare.main, ["--baseline=a", "--candidate=b", "--ratios=1e308"], "list of positive numbers"),
+    (compare.main, ["--baseline=help", "--candidate=help"], "flag --help: write it as"),
+    (bench.main, ["--compare=help"], "help"),
+    (sampling.main, ["--batch=" + "9" * 27], "batch = " + "9" * 27 + " must be at most 10000"),
+    (huggingface.main, ["--export=x", "--licence=a\nb"], "more than a line of text"),
+    (dry_run.main, ["--no-such=1"], "unknown key"),
     (plot.main, ["--runs=nowhere"], "nowhere/metrics.jsonl cannot be read"),
     (plot.main, ["--runs=x", "--file=x.gif"], "x.gif is not the name of a png, svg or pdf"),
 ])
@@ -275,17 +283,108 @@ def test_a_torn_last_record_is_left_out_and_a_bad_one_is_named(tmp_path, refused
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "train/loss": 3.0}\n{"step": 1, "tra')
     assert read_records(path) == [{"step": 0, "train/loss": 3.0}]
-    path.write_text('{"step": 0}\n{"step": -1}\n')
-    assert "line 2: step: Input should be" in refused(plot.main, [f"--runs={tmp_path}"])
+    for line in ('"step": -1', '"lr": 1', '"step": 1.5', '"step": 1, "lr": "high"',
+                 '"step": 1, "lr": [1]', '"step": 1, "lr": 1' + "0" * 400, '"step": 1, "lr": 1e400',
+                 '"step": 1, "lr": NaN', '"step": 1, "lr": true'):
+        path.write_text('{"step": 0}\n{' + line + "}\n")
+        assert "metrics.jsonl cannot be read: line 2: " in refused(plot.main, [
+            f"--runs={tmp_path}"])
 
 
-def test_a_dollar_in_a_title_is_drawn_as_it_is(tmp_path):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "a$b").mkdir()
-    (tmp_path / "a$b" / "config.json").write_text(
+@pytest.fixture
+def recorded(tmp_path):
+    """The folder of a run with one record."""
+    folder = tmp_path / "_a$b"
+    folder.mkdir()
+    (folder / "config.json").write_text(
         '{"init_from": "scratch", "total_batch_size": 1, "block_size": 1}')
-    (tmp_path / "a$b" / "metrics.jsonl").write_text('{"step": 0, "train/loss": 3.0}\n')
-    plot.main([f"--runs={tmp_path / 'a$b'}", "--title=$1 and $\\x", f"--file={tmp_path / 'x.svg'}"])
+    (folder / "metrics.jsonl").write_text('{"step": 0, "train/loss": 3.0, "val/loss": 3.0}\n')
+    return folder
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("flag", ["--title=a\0b", "--title=a\x1b[1m", "--labels=a\nb",
+                                  "--samples=1000000000"])
+def test_what_no_picture_can_show_is_refused(recorded, refused, flag):
+    assert f"{flag[2:].partition('=')[0]} = " in refused(plot.main, [f"--runs={recorded}", flag])
+
+
+@pytest.mark.trial(18)
+def test_a_run_of_huge_numbers_is_refused(recorded, refused):
+    (recorded / "config.json").write_text(
+        '{"init_from": "scratch", "total_batch_size": 1' + "0" * 400 + ', "block_size": 1}')
+    assert "config.json cannot be read" in refused(plot.main, [f"--runs={recorded}"])
+
+
+def test_every_run_is_in_the_legend_and_every_panel_is_drawn_once(recorded, tmp_path):
+    pytest.importorskip("matplotlib")
+    legend = plot.picture([recorded], [recorded.name], ["loss"]).axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["_a$b"]
+    sizes = []
+    for panels in ("loss,lr", ",".join(["loss", "lr"] * 500)):
+        plot.main([f"--runs={recorded}", f"--panels={panels}", f"--file={tmp_path / 'x.svg'}"])
+        sizes.append((tmp_path / "x.svg").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.trial(16)
+@pytest.mark.parametrize("name", ["model.safetensors", "val.jsonl", "prompt", "metrics.jsonl"])
+def test_no_command_waits_for_a_pipe(tmp_path, refused, recorded, name):
+    if name == "metrics.jsonl":
+        (recorded / name).unlink()
+    os.mkfifo((recorded if name == "metrics.jsonl" else tmp_path) / name)
+    if name == "model.safetensors":
+        (tmp_path / "config.json").write_text(json.dumps(dict(
+            model_type="gpt2", n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=50257)))
+        line = refused(sample.main, [f"--init_from={tmp_path}", "--device=cpu"])
+    elif name == "val.jsonl":
+        (tmp_path / "BoolQ").mkdir()
+        (tmp_path / name).rename(tmp_path / "BoolQ" / name)
+        with pytest.raises(ConfigError) as error:
+            superglue.read_rows("boolq", "val", str(tmp_path))
+        line = str(error.value)
+    elif name == "prompt":
+        with pytest.raises(ConfigError) as error:
+            sample._read_start(f"FILE:{tmp_path / name}")
+        line = str(error.value)
+    else:
+        line = refused(plot.main, [f"--runs={recorded}"])
+    assert "not a regular file" in line
+
+
+@pytest.mark.trial(16)
+def test_a_list_of_runs_does_not_write_through_a_link(tmp_path, data_dir):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "a" / "log.txt").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError):
+        runs.run_all([runs.RunSpec("a", ())], tmp_path / "out")
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.trial(18)
+@pytest.mark.parametrize("key", ["json", "profile"])
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path, refused, monkeypatch, key):
+    monkeypatch.setattr(bench, "measure", None)  # would be called
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "x", "x" * 300):
+        assert f"--{key}={place}" in refused(bench.main, [f"--{key}={place}"])
+
+
+def test_a_trace_replaces_a_link_and_not_what_it_names(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "x.json").symlink_to(tmp_path / "victim")
+    settings, sources = load(bench.BenchSettings, ["--compare=plain", *SMALL], "")
+    config = bench.contender_config(settings, sources, "plain")
+    contender = bench.warm_up("plain", config, start_ranks("cpu"), 1, real_data=False)
+    bench.write_profile(contender, 1, tmp_path / "x.json")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert json.loads((tmp_path / "x.json").read_text())["traceEvents"]
+
+
+def test_a_dollar_in_a_title_is_drawn_as_it_is(recorded, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.main([f"--runs={recorded}", "--title=$1 and $\\x", f"--file={tmp_path / 'x.svg'}"])
     assert (tmp_path / "x.svg").is_file()
 
 

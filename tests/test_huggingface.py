@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
@@ -226,9 +227,50 @@ def test_a_transformers_model_is_imported_with_its_logits(gpt2_folder, tmp_path,
     idx = torch.randint(256, (2, 20))
     with torch.inference_mode():
         torch.testing.assert_close(ours(weights)(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
-    sample.main([f"--out_dir={out}", "--num_samples=1", "--max_new_tokens=5", "--start=a"])
     line = refused(huggingface.main, [f"--import_from={folder}", f"--out_dir={out}"])
     assert "already holds checkpoints" in line
+    out.rename(tmp_path / "moved")
+    shutil.rmtree(folder)
+    sample.main([f"--out_dir={tmp_path / 'moved'}", "--num_samples=1", "--max_new_tokens=5",
+                 "--start=a"])
+
+
+def test_a_model_that_names_no_tokenizer_is_not_decoded_as_gpt2s(gpt2_folder, tmp_path, capsys,
+                                                                 refused):
+    folder, _ = gpt2_folder
+    (folder / "tokenizer.json").unlink()
+    assert "does not say which tokenizer" in refused(sample.main, [
+        f"--init_from={folder}", "--device=cpu"])
+    huggingface.main([f"--import_from={folder}", f"--out_dir={tmp_path / 'x'}"])
+    assert "sample.py" not in capsys.readouterr().out
+
+
+@pytest.mark.trial(16)
+@pytest.mark.parametrize("spoilt", [torch.zeros(3, 16, 48), torch.zeros(16, 48).long(),
+                                    torch.zeros(16, 48, dtype=torch.complex64)])
+def test_tensors_of_another_kind_are_refused(gpt2_folder, refused, spoilt):
+    folder, _ = gpt2_folder
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"transformer.h.0.attn.c_attn.weight": spoilt},
+              folder / "model.safetensors")
+    line = refused(sample.main, [f"--init_from={folder}", "--device=cpu"])
+    assert "transformer.h.0.attn.c_attn.weight is " in line
+
+
+@pytest.mark.trial(16)
+def test_links_that_go_in_a_circle_are_refused(tmp_path, refused):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    refused(huggingface.main, [f"--import_from={tmp_path / 'a'}", f"--out_dir={tmp_path / 'x'}"])
+    refused(huggingface.main, [f"--import_from={tmp_path}", f"--out_dir={tmp_path / 'a'}"])
+
+
+def test_an_empty_folder_can_be_exported_to_from_within(tiny, tmp_path, monkeypatch):
+    run_train(*tiny("--max_iters=4"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    huggingface.main([f"--out_dir={tmp_path / 'run'}", "--export=."])
+    assert (tmp_path / "here" / "model.safetensors").is_file()
 
 
 def test_what_is_exported_and_imported_again_is_what_it_was(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """The sampling command, as a person uses it."""
 
 import io
+import math
 
 import pytest
 
@@ -53,6 +54,20 @@ def test_a_long_or_an_empty_prompt_works(run, capsys):
     assert capsys.readouterr().out.count(RULE) == 2
     sample.main([*run, "--num_samples=1", "--start=<|endoftext|>"])
     assert "<|endoftext|>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_weights_that_are_not_finite_are_refused(run, refused, monkeypatch, value, temperature):
+    real = sample.run_weights
+
+    def spoilt(*args):
+        weights = real(*args)
+        weights.tensors["transformer.h.0.attn.c_attn.weight"].fill_(value)
+        return weights
+
+    monkeypatch.setattr(sample, "run_weights", spoilt)
+    assert "logits are not finite" in refused(sample.main, [*run, f"--temperature={temperature}"])
 
 
 @pytest.mark.parametrize("flag, words", [

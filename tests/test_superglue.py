@@ -110,7 +110,8 @@ def test_batches_answer_as_one_by_one(run, tmp_path):
     (dict(passage="x", question=7, label=True), "field question is missing or not text"),
     (dict(passage="x", question="y", label=[0]), "field label is missing"),
     (dict(passage="x", question="y", label="perhaps"), "row 2: label 'perhaps' is not one"),
-    ("{", "cannot be read")])
+    ("{", "cannot be read"),
+    ('{"passage": "\\ud800", "question": "y", "label": true}', "cannot be read")])
 def test_bad_files_are_named(run, data, refused, row, words):
     text = row if isinstance(row, str) else json.dumps(row)
     path = data / "BoolQ" / "val.jsonl"

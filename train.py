@@ -71,7 +71,7 @@ from nanosophia.saver import Saver
 from nanosophia.summary import print_next_steps, print_sample, print_summary
 from nanosophia.weights import Weights
 
-CPU_CHUNK_LOGITS = 6_000_000  # 24 MB, which malloc keeps (distributed._keep_freed_memory)
+CPU_CHUNK_BYTES = 24_000_000  # of logits, which malloc keeps (distributed._keep_freed_memory)
 
 
 @dataclass
@@ -122,7 +122,8 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
     compiled = config.compile == "on" or (config.compile == "auto" and on_cuda)
     chunk = config.loss_chunk
     if not chunk and not compiled and ranks.device.type == "cpu":
-        chunk = max(1, CPU_CHUNK_LOGITS // config.vocab_size)
+        bytes_per_logit = 2 if config.dtype == "bfloat16" else 4
+        chunk = max(1, CPU_CHUNK_BYTES // (config.vocab_size * bytes_per_logit))
     if chunk:
         model.loss_fn = partial(chunked_cross_entropy, chunk=chunk)
     if compiled:

@@ -38,17 +38,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dhead = torch.empty_like(head, dtype=accum_dtype) if needs_gradient else None
         with torch.autocast(device, enabled=False):
             cast_head = head.to(compute_dtype)
-            for rows in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
+            for rows in _slices(len(x), chunk):
                 chunk_x = x[rows].to(compute_dtype)
+                logits = F.linear(chunk_x, cast_head)  # (chunk, V)
                 chunk_loss, counted, dlogits = _chunk_loss(
-                    chunk_x, cast_head, targets[rows], sample_labels_fn, accum_dtype,
-                    needs_gradient)
+                    logits, targets[rows], sample_labels_fn, accum_dtype, needs_gradient)
                 loss += chunk_loss
                 count += counted.sum()
                 if needs_gradient:
                     dx[rows] = (dlogits @ cast_head) * counted
                     _add_product(dhead, dlogits.t(), chunk_x * counted, first=rows.start == 0)
-                del dlogits  # before the next chunk's
+                del logits, dlogits  # before the next chunk's
         ctx.gradients, ctx.count = (dx, dhead), count
         return loss / count
 
@@ -63,30 +63,47 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx.mul_(scale), dhead.mul_(scale), None, None, None, None
 
 
-def _chunk_loss(x: Tensor, head: Tensor, targets: Tensor, sample_labels_fn, accum_dtype,
+def _chunk_loss(logits: Tensor, targets: Tensor, sample_labels_fn, accum_dtype,
                 needs_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns one chunk's summed loss, whether each position counts (chunk, 1), and dlogits.
 
-    dlogits (chunk, V), in x's precision, is the gradient with respect to the logits, except that
-    positions which do not count are not zeroed: callers mask the smaller products instead.
+    dlogits (chunk, V), in the precision of the logits, whose memory it may take, is the gradient
+    with respect to them, except that positions which do not count are not zeroed: callers mask the
+    smaller products instead. Under a lower precision the probabilities exist for as many positions
+    at a time as take the memory of the logits.
     """
-    logits = F.linear(x, head)  # (chunk, V)
-    probabilities = F.softmax(logits, dim=-1, dtype=accum_dtype)
-    labels = targets if sample_labels_fn is None else sample_labels_fn(probabilities, targets)
-    counted = (labels != -100).unsqueeze(1)
-    index = labels.unsqueeze(1).clamp_min(0)  # (chunk, 1)
-    # -log p of a label as log(sum exp) - logit, finite even where p is 0
-    log_sum = logits.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log()
-    loss = ((log_sum - logits.gather(1, index)) * counted).sum()
-    if not needs_gradient:
-        return loss, counted, None
-    minus_one = torch.full_like(index, -1, dtype=accum_dtype)
-    return loss, counted, probabilities.scatter_add_(1, index, minus_one).to(x.dtype)
+    ratio = accum_dtype.itemsize // logits.dtype.itemsize
+    losses, counts, dlogits = [], [], None
+    for rows in _slices(len(logits), -(-len(logits) // ratio)):
+        part, labels = logits[rows], targets[rows]
+        probabilities = F.softmax(part, dim=-1, dtype=accum_dtype)
+        if sample_labels_fn is not None:
+            labels = sample_labels_fn(probabilities, labels)
+        counted = (labels != -100).unsqueeze(1)
+        index = labels.unsqueeze(1).clamp_min(0)  # (n, 1)
+        # -log p of a label as log(sum exp) - logit, finite even where p is 0
+        log_sum = part.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log()
+        losses.append(((log_sum - part.gather(1, index)) * counted).sum())
+        counts.append(counted)
+        if needs_gradient:
+            minus_one = torch.full_like(index, -1, dtype=accum_dtype)
+            dlogits = probabilities.scatter_add_(1, index, minus_one)
+            if ratio > 1:
+                part.copy_(dlogits)
+                dlogits = logits
+    return torch.stack(losses).sum(), torch.cat(counts), dlogits
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """Adds a @ b to `total`, which may have a higher precision, or overwrites it at the first."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
-    else:
-        torch.add(0 if first else total, a @ b, out=total)
+        return
+    # On a CPU a product of all rows and its copy in the higher precision would leave the cache.
+    for rows in _slices(len(total), 4096 if total.device.type == "cpu" else len(total)):
+        product = a[rows] @ b
+        total[rows].copy_(product) if first else total[rows].add_(product)
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]

@@ -32,6 +32,7 @@ from nanosophia.distributed import Ranks, on_main, world_size
 from nanosophia.files import reason, write_text
 from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
 from nanosophia.options import MODEL_KEYS, Config, padded_vocab_size
+from nanosophia.precision import bfloat16_speed, computes_bfloat16, fastest_dtype
 from nanosophia.schemas import RunConfig, read
 from nanosophia.tokenizer import TokenizerError, get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, saved_model_config
@@ -197,7 +198,10 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
             notes.append(f"{key} was {saved[key]!r} until step {checkpoint.state['step']} and is "
                          f"{given!r} from now on")
     if config.dtype == "auto":
-        values["dtype"] = "bfloat16" if ranks.device.type == "cuda" else "float32"
+        saved_dtype = saved.get("dtype") if ranks.device.type == "cpu" else None
+        values["dtype"] = on_main(ranks, lambda: _choose_dtype(ranks.device, saved_dtype))
+    if ranks.device.type == "cpu" and values.get("dtype", config.dtype) == "bfloat16":
+        notes.append(on_main(ranks, _bfloat16_note))
     if checkpoint:
         now = dict(dtype=values.get("dtype", config.dtype), world_size=ranks.world_size)
         before = dict(dtype=saved.get("dtype", now["dtype"]),
@@ -211,6 +215,21 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
         if checkpoint and set(error.keys) & values.keys():
             raise CheckpointError(f"{checkpoint.folder / STATE}: {error}") from None
         raise with_sources(error, sources) from None
+
+
+def _choose_dtype(device: torch.device, saved: str | None) -> str:
+    """Returns what dtype = auto is: a checkpoint's `saved`, so that a resumed run does not depend
+    on a timing, unless it is one that this CPU emulates; otherwise the fastest."""
+    if saved and not (saved == "bfloat16" and not computes_bfloat16()):
+        return saved
+    return fastest_dtype(device)
+
+
+def _bfloat16_note() -> str:
+    speed, emulated = bfloat16_speed(), not computes_bfloat16()
+    return (f"this CPU multiplies {speed:.1f} times as fast in bfloat16 as in float32"
+            + (", which it emulates; --dtype=float32 is faster" if emulated and speed < 1 else
+               "; --dtype=float32 is more exact"))
 
 
 def original_init_from(config: Config, notes: list[str]) -> Config:

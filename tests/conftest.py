@@ -24,7 +24,7 @@ GPT2_CACHE = SHARED / "tiktoken_cache"
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2",
         "--total_batch_size=8", "--hessian_batch_size=4", "--warmup_iters=2", "--max_iters=6",
         "--eval_interval=4", "--eval_windows=6", "--log_interval=1", "--checkpoint_interval=3",
-        "--learning_rate=1e-2", "--gamma=1", "--device=cpu"]
+        "--learning_rate=1e-2", "--gamma=1", "--device=cpu", "--dtype=float32"]
 
 
 # What `pytest -m fast` runs: these files without the tests that take longer than two seconds.

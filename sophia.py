@@ -71,9 +71,9 @@ class Sophia(torch.optim.Optimizer):
     State, in float32 (float64 for float64 parameters): `exp_avg` (m), `hessian` (h), `estimates`
     (their number, on the CPU). Raises ValueError on values out of range and complex parameters,
     RuntimeError on sparse gradients. Where the attribute `found_inf` (as torch calls it, a 0-dim
-    tensor) is not 0, nothing but the number of estimates changes; so it is after an estimate that
-    is not finite, which `nonfinite_estimates` counts. `rule` may be set to a faster form of
-    `sophia_update`.
+    tensor) is not 0, nothing but the number of estimates changes; where it is None, so it is after
+    an estimate that is not finite, which `nonfinite_estimates` counts. `rule` may be set to a
+    faster form of `sophia_update`.
     """
 
     found_inf: Tensor | None = None
@@ -123,19 +123,25 @@ class Sophia(torch.optim.Optimizer):
         given = [(*item, x) for item, x in zip(items, estimates, strict=True) if x is not None]
         for _, p, hhat in given:
             if hhat.shape != p.shape:
-                raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} for "
-                                 f"a parameter of shape {tuple(p.shape)}")
-        finite = [self._curvature(hhat.to(state_dtype(p))).isfinite().all()
-                  for _, p, hhat in given if not hhat.is_meta]  # meta: in a dry run
-        bad = ~torch.stack([x.to(finite[0].device) for x in finite]).all() if finite else None
-        self.nonfinite_estimates = self.nonfinite_estimates + (bad.long() if finite else 0)
-        skip = self._skip_flag(bad)
+                raise ValueError(f"update_hessian got an estimate of shape {tuple(hhat.shape)} "
+                                 f"for a parameter of shape {tuple(p.shape)}")
+        skip = self._skip_flag(self._any_nonfinite(given) if self.found_inf is None else None)
         for group, p, hhat in given if skip is not True else ():
             state = self._state(p)
             state["estimates"] += 1
             h, (_, beta2) = state["hessian"], group["betas"]
             hhat = self._curvature(hhat.to(h.dtype))
             h.lerp_(hhat if skip is None else torch.where(skip != 0, h, hhat), 1 - beta2)
+
+    def _any_nonfinite(self, given: list[tuple[dict, Tensor, Tensor]]) -> Tensor | None:
+        """Returns whether an estimate's largest or least value is not finite, and counts it."""
+        ends = [self._curvature(torch.stack(hhat.to(state_dtype(p)).aminmax()))
+                for _, p, hhat in given if hhat.numel() and not hhat.is_meta]  # meta: a dry run
+        if not ends:
+            return None
+        bad = ~torch.cat([x.to(ends[0].device) for x in ends]).isfinite().all()
+        self.nonfinite_estimates = self.nonfinite_estimates + bad.long()
+        return bad
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -157,13 +163,10 @@ class Sophia(torch.optim.Optimizer):
     def _skip_flag(self, bad: Tensor | None = None) -> Tensor | bool | None:
         """Returns whether found_inf or `bad` skips an update: None for no, True, or a 0-dim tensor
         where updates read it on the device."""
-        flag = self.found_inf if bad is None else bad
-        if flag is None:
+        if (flag := self.found_inf if bad is None else bad) is None:
             return None
-        if bad is not None and self.found_inf is not None:
-            flag = bad | (self.found_inf.to(bad.device) != 0)
-        on_device = flag.is_cuda or getattr(self.rule, "skips_on_device", False)
-        if on_device and type(self)._update is Sophia._update:
+        if type(self)._update is Sophia._update and (
+                flag.is_cuda or getattr(self.rule, "skips_on_device", False)):
             return flag
         return bool(flag) or None  # host sync
 

@@ -20,7 +20,8 @@ from nanosophia.configurator import load
 # A run of a second on the tests' own data.
 QUICK = ("--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--batch_size=4",
          "--total_batch_size=4", "--hessian_batch_size=2", "--warmup_iters=1", "--max_iters=6",
-         "--eval_interval=2", "--eval_windows=4", "--log_interval=1", "--device=cpu", "--gamma=1")
+         "--eval_interval=2", "--eval_windows=4", "--log_interval=1", "--device=cpu", "--gamma=1",
+         "--dtype=float32")
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def quick(data_dir, monkeypatch):
         def wait(self):
             with redirect_stdout(self.stdout), redirect_stderr(self.stderr):
                 try:
-                    train.main(self.command[self.command.index("train.py") + 1:])
+                    train.main(self.command[self.command.index(str(runs.ROOT / "train.py")) + 1:])
                 except SystemExit as ended:
                     return ended.code
             return 0

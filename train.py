@@ -9,7 +9,8 @@ with the losses that an uninterrupted run would have had.
 """
 
 if __name__ == "__main__":
-    import nanosophia.startup  # noqa: F401
+    from nanosophia.startup import check_arguments
+    check_arguments()
 
 import math
 import signal

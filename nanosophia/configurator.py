@@ -131,7 +131,7 @@ def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
     """
     if path.suffix != ".py" or not path.is_file():
         known = sorted(str(p) for p in Path("config").glob("*.py"))
-        hint = _meant(str(path), known) or "settings are given as --key=value"
+        hint = did_you_mean(str(path), known) or "settings are given as --key=value"
         raise ConfigError(f"config file {path} not found; {hint}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -203,11 +203,11 @@ def _known(key: str, by_name: dict, source: str) -> Any:
         return by_name[key]
     hint = RENAMED.get(key)
     if hint is None:
-        hint = _meant(key, by_name) or "--help lists every key"
+        hint = did_you_mean(key, by_name) or "--help lists every key"
     raise ConfigError(f"unknown key {key} in {source}; {hint}")
 
 
-def _meant(text: str, known: Iterable[str]) -> str:
+def did_you_mean(text: str, known: Iterable[str]) -> str:
     """Returns a question with the known word that is closest, or nothing where none is close."""
     by_lower = {word.lower(): word for word in known}
     near = difflib.get_close_matches(text.lower(), by_lower, n=1)
@@ -245,7 +245,7 @@ def _check_range(f: Any, value: Any) -> None:
     choices = get_args(f.type) if get_origin(f.type) is Literal else None
     if choices:
         if value not in choices:
-            hint = _meant(str(value), choices)
+            hint = did_you_mean(str(value), choices)
             raise ConfigError(f"{f.name} = {value!r} is none of {', '.join(choices)}"
                               + (f"; {hint}" if hint else ""), f.name)
         return

@@ -15,16 +15,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # first imported while a group exists, it keeps the group alive
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import zeros as sharded_zeros
 from torch.nn.parallel import DistributedDataParallel
 
 from nanosophia.configurator import UserError
@@ -85,6 +81,7 @@ def start_ranks(device: str) -> Ranks:
     if place.type == "cpu":
         _keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():
+        import_module("torch.distributed.nn")  # imported later, it would keep the group alive
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo",
                                 store=_attempt_store(rank), rank=rank, world_size=world_size(),
                                 device_id=place if place.type == "cuda" else None)
@@ -175,6 +172,9 @@ def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
     if ranks.world_size == 1:
         return model.to(ranks.device)
     if sharded:
+        # Imported where it is needed, like the rest of FSDP2: it takes half a second.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         dtypes = {p.dtype for p in model.parameters()}
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=dtypes.pop()) \
             if low_precision else MixedPrecisionPolicy()
@@ -191,13 +191,13 @@ def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
 
 def gradient_sync(model: nn.Module, on: bool):
     """Returns a context in which backward averages gradients over ranks, or does not."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "set_requires_gradient_sync"):  # of FSDP2
         model.set_requires_gradient_sync(on)
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not on else \
         nullcontext()
 
 
-def sharded_gradient(model: FSDPModule, ranks: Ranks) -> Callable:
+def sharded_gradient(model: nn.Module, ranks: Ranks) -> Callable:
     """Returns what stands in for `sophia.summed_gradient` where `wrap` has split the parameters.
 
     The gradient of the sum of all losses, summed over ranks, each rank its shard, and the number of
@@ -222,23 +222,23 @@ def sharded_gradient(model: FSDPModule, ranks: Ranks) -> Callable:
 
 def reshard(model: nn.Module) -> None:
     """Frees what a sharded model gathered in a forward pass that no backward follows."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "reshard"):  # of FSDP2
         model.reshard()
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Returns whether each rank holds its part of the tensor."""
-    return isinstance(x, DTensor)
+    """Returns whether each rank holds its part of the tensor, which then is a DTensor."""
+    return hasattr(x, "to_local")
 
 
 def to_local(x):
     """Returns this rank's part of a sharded tensor, and anything else as it is."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_sharded(x) else x
 
 
 def full_tensor(x: Tensor) -> Tensor:
     """Returns a sharded tensor gathered on every rank, and any other as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:
@@ -287,8 +287,10 @@ def host_copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[st
         torch.cuda.synchronize()
 
     def as_it_was(name: str, x: Tensor) -> Tensor:
-        if not isinstance(x, DTensor):
+        if not is_sharded(x):
             return buffers[name]
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor
         mesh = init_device_mesh("cpu", (x.device_mesh.size(),))
         return DTensor.from_local(buffers[name], mesh, x.placements, run_check=False,
                                   shape=x.shape, stride=x.stride())
@@ -298,8 +300,9 @@ def host_copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[st
 
 def zeros_like_shards(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Returns zeros of a full shape, split as `p` is if they have as many rows."""
-    if isinstance(p, DTensor) and shape and shape[0] == p.shape[0] and len(shape) == p.dim():
-        return sharded_zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements)
+    if is_sharded(p) and shape and shape[0] == p.shape[0] and len(shape) == p.dim():
+        from torch.distributed.tensor import zeros
+        return zeros(shape, dtype=dtype, device_mesh=p.device_mesh, placements=p.placements)
     return torch.zeros(shape, dtype=dtype, device=p.device if shape else "cpu")
 
 

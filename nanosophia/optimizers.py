@@ -3,7 +3,7 @@
 Adding one is a class, an entry in OPTIMIZERS, and a config; train.py stays as it is.
 """
 
-import difflib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from nanosophia.baselines import (
     Normalize,
     SophiaUnclipped,
 )
-from nanosophia.configurator import ConfigError
+from nanosophia.configurator import ConfigError, did_you_mean
 from nanosophia.controlled_gamma import ControlledSophia
 from nanosophia.estimators import (
     Estimator,
@@ -48,6 +48,7 @@ def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: All
     Its estimator draws labels among `num_classes` classes. `all_reduce` sums tensors over ranks in
     place; `sharded_gradient` computes gradients of parameters that are split over ranks.
     """
+    _do_not_load_compiler()
     entry = OPTIMIZERS[config.optimizer]
     optimizer = entry.build(config, parameter_groups(model, config))
     if entry.estimator is None:
@@ -57,13 +58,25 @@ def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: All
     return OptimizerAndEstimator(optimizer, estimator)
 
 
+def _do_not_load_compiler() -> None:
+    """Spares the second that torch's optimizers take to import its compiler.
+
+    They import it to be left out of what it compiles (torch/_compile.py, which keeps the result as
+    `__dynamo_disable`). Until it is imported nothing is compiled, and later no optimizer is.
+    """
+    if "torch._dynamo" not in sys.modules:
+        for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+            method = getattr(torch.optim.Optimizer, name)
+            if plain := getattr(method, "__wrapped__", None):
+                plain.__dynamo_disable = plain
+
+
 def check(config: Config, world_size: int) -> None:
     """Raises ConfigError unless the optimizer is known and its settings fit it and the ranks."""
     if config.optimizer not in OPTIMIZERS:
-        near = difflib.get_close_matches(config.optimizer, OPTIMIZERS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(config.optimizer, OPTIMIZERS)
         raise ConfigError(f"optimizer = {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}"
-                          f"{hint}", "optimizer")
+                          + (f"; {hint}" if hint else ""), "optimizer")
     entry = OPTIMIZERS[config.optimizer]
     for key, set_ in (("gamma_target", config.gamma_target > 0),
                       ("hessian_bias_correction", config.hessian_bias_correction),

@@ -4,16 +4,38 @@ The model's options are inherited from `model.GPTConfig`: a field added there is
 `--help`, and part of every checkpoint.
 """
 
+import ast
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
-from model import GPTConfig
 from nanosophia.configurator import ConfigError, Settings, option
+
+USAGE = "train.py [config/FILE.py] [--key=value]"
+
+
+def _model_options() -> type:
+    """Returns `model.GPTConfig` without torch, which the rest of model.py needs.
+
+    Importing torch takes more than a second, in which --help and a wrong key are answered.
+    """
+    path = Path(__file__).parents[1] / "model.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body
+                 if getattr(node, "name", "") in ("option", "GPTConfig")
+                 or (isinstance(node, ast.Import | ast.ImportFrom)
+                     and not ast.unparse(node).partition(" ")[2].startswith("torch"))]
+    names = {"__name__": "model"}
+    exec(compile(tree, path, "exec"), names)
+    return names["GPTConfig"]
+
+
+GPTOptions = _model_options()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Settings, GPTConfig):
-    """The settings of train.py: the model's (`GPTConfig`) and all others.
+class Config(Settings, GPTOptions):
+    """The settings of train.py: the model's (`model.GPTConfig`) and all others.
 
     Names are nanoGPT's, values GPT-2's and the Sophia paper's.
     """
@@ -122,8 +144,9 @@ class Config(Settings, GPTConfig):
     dry_run_mfu: float = option(0.4, "fraction of that peak that training reaches", above=0, high=1)
 
     @property
-    def model(self) -> GPTConfig:
-        """Returns the model's part of these settings."""
+    def model(self):
+        """Returns the model's part of these settings, a `model.GPTConfig`."""
+        from model import GPTConfig
         return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)})
 
     @property
@@ -162,4 +185,4 @@ def padded_vocab_size(classes: int) -> int:
     return -(-classes // 64) * 64
 
 
-MODEL_KEYS = tuple(f.name for f in fields(GPTConfig))
+MODEL_KEYS = tuple(f.name for f in fields(GPTOptions))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from model import GPT
 from nanosophia.checkpoint import (
     STATE,
     Checkpoint,
@@ -31,7 +30,7 @@ from nanosophia.dataloader import DataError, Dataset, open_dataset
 from nanosophia.distributed import Ranks, on_main, world_size
 from nanosophia.files import reason, write_text
 from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
-from nanosophia.options import MODEL_KEYS, Config, padded_vocab_size
+from nanosophia.options import MODEL_KEYS, USAGE, Config, padded_vocab_size
 from nanosophia.precision import bfloat16_speed, computes_bfloat16, fastest_dtype
 from nanosophia.schemas import RunConfig, read
 from nanosophia.tokenizer import TokenizerError, get_tokenizer
@@ -48,7 +47,6 @@ OVERRIDABLE_KEYS = {"activation", "dropout"}
 TOKENIZER_PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14 # 日本語 don't\t\t12345"
 # The settings that a config file chooses for its optimizer.
 OPTIMIZER_KEYS = keys_in_section(Config, "optimizer") - {"optimizer"}
-USAGE = "train.py [config/FILE.py] [--key=value]"
 
 
 @dataclass(frozen=True)
@@ -298,8 +296,8 @@ def _require_memory(config: Config) -> None:
 
     Parameters are made in host memory, also for a GPU.
     """
-    with torch.device("meta"):
-        needed = 4 * GPT(config.model).num_params(non_embedding=False)
+    needed = 4 * config.n_embd * (config.vocab_size + config.block_size
+                                  + 12 * config.n_layer * config.n_embd)  # but for norms and biases
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise ConfigError(f"the model's parameters take {needed / 2**30:,.0f} GiB, this machine "

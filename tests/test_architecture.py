@@ -18,7 +18,7 @@ ALLOWED = {
               "optimizers", "options", "resume", "folder_lock", "saver", "startup", "summary",
               "weights"},
     "command": {"configurator"},
-    "startup": set(),
+    "startup": {"command", "configurator", "options"},
     "bench": {"model", "command", "configurator", "dataloader", "distributed", "files", "metrics",
               "optimizers", "options", "resume", "startup", "tokenizer", "train"},
     "sample": {"model", "checkpoint", "command", "configurator", "distributed", "files",
@@ -52,7 +52,7 @@ ALLOWED = {
     "guard": {"sophia", "configurator", "distributed"},
     "update_rules": {"sophia", "distributed"},
     "evaluation": {"dataloader", "distributed", "tokenizer"},
-    "resume": {"model", "checkpoint", "configurator", "dataloader", "distributed", "files",
+    "resume": {"checkpoint", "configurator", "dataloader", "distributed", "files",
                "optimizers", "options", "precision", "schemas", "tokenizer", "weights"},
     "summary": {"model", "dataloader", "distributed", "generate", "options"},
     "precision": set(),
@@ -61,7 +61,7 @@ ALLOWED = {
     "saver": {"checkpoint", "distributed", "files"},
 }
 WITHOUT_TORCH = {"configurator", "tokenizer", "corpus", "documents", "encoding", "files",
-                 "folder_lock", "schemas"}
+                 "folder_lock", "options", "schemas"}
 TORCH_ALONE = {"model", "sophia"}
 # Missing packages must not stop training: these may only be imported where they are used.
 LAZY = {"tiktoken", "datasets", "wandb", "transformers", "matplotlib", "pyarrow"}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 
@@ -15,6 +16,7 @@ import bench
 import sample
 import train
 from experiments import compare, frequent, plot, preparation, runs, sampling
+from model import GPTConfig
 from nanosophia import dry_run, huggingface, superglue
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load, read_config_file
@@ -22,6 +24,7 @@ from nanosophia.dataloader import open_dataset
 from nanosophia.distributed import start_ranks
 from nanosophia.documents import CorpusError, local_documents
 from nanosophia.metrics import Recorder, read_records
+from nanosophia.options import Config, GPTOptions
 from nanosophia.tokenizer import TokenizerError, get_tokenizer
 from tests.conftest import ROOT
 from tests.test_bench import SMALL
@@ -438,3 +441,34 @@ def test_a_baseline_does_not_say_where_files_are_written(tmp_path, refused):
     assert "n_layer = 'x'" in refused(bench.main, [f"--baseline={tmp_path / 'baseline.json'}"])
     assert "is no file; give another" in refused(bench.main, [f"--profile={tmp_path}"])
     assert victim.read_text() == "precious"
+
+
+def imported(*argv):
+    """What a command printed, and the modules that it imported."""
+    process = subprocess.run([sys.executable, "-X", "importtime", *argv], cwd=ROOT, text=True,
+                             capture_output=True, timeout=120)
+    lines = process.stderr.splitlines()
+    modules = {x.rpartition("|")[2].strip() for x in lines if x.startswith("import time:")}
+    others = [x for x in lines if not x.startswith("import time:")]
+    return process.returncode, process.stdout + "\n".join(others), modules
+
+
+@pytest.mark.parametrize("flag, code, words", [
+    ("--help", 0, "--gamma_target=float"), ("--learning_rat=1", 2, "did you mean learning_rate?"),
+    ("--n_embd=5.5", 2, "n_embd = 5.5 is not a whole number")])
+def test_help_and_mistakes_are_answered_without_torch(flag, code, words):
+    found, text, modules = imported("train.py", flag)
+    assert found == code and words in text and "torch" not in modules
+
+
+def test_a_run_imports_neither_the_compiler_nor_what_shards(tmp_path, tiny):
+    code, text, modules = imported("train.py", *tiny("--max_iters=2"))
+    assert code == 0 and "saved in" in text and "torch" in modules
+    assert not modules & {"torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"}
+
+
+def test_the_options_that_need_no_torch_are_the_models():
+    theirs, ours = fields(GPTConfig), fields(GPTOptions)
+    assert [(f.name, f.type, f.default, f.metadata) for f in theirs] == \
+        [(f.name, f.type, f.default, f.metadata) for f in ours]
+    assert type(Config().model) is GPTConfig

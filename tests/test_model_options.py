@@ -29,7 +29,8 @@ def changed_project(tmp_path_factory, data_dir):
     (root / "model.py").write_text(text)
     command(root, "train.py", "--norm=rms", "--n_layer=2", "--n_head=2", "--n_embd=16",
             "--block_size=16", "--batch_size=4", "--total_batch_size=4", "--hessian_batch_size=4",
-            "--max_iters=4", "--warmup_iters=2", "--device=cpu", f"--dataset={data_dir}",
+            "--max_iters=4", "--warmup_iters=2", "--device=cpu", "--dtype=float32",
+            f"--dataset={data_dir}",
             "--out_dir=run", "--learning_rate=1e-2", "--eval_windows=0")
     return root
 

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 
 from nanosophia.documents import CorpusError
-from nanosophia.tokenizer import get_tokenizer
+from nanosophia.tokenizer import fast_gpt2, get_tokenizer
 
 BATCH_CHARACTERS = 1 << 19  # text handed to a worker at a time
 Batches = Iterator[tuple[str, int, bool, bytes]]
@@ -126,22 +126,28 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
 
 
 @cache
-def _worker_tokenizer(name: str):
-    return get_tokenizer(name)
+def _encoder(name: str) -> tuple[Callable[[str], np.ndarray], np.ndarray]:
+    """Returns a function from text to ids, in which text that spells a special token is text, and
+    end-of-text."""
+    encoding = get_tokenizer(name)
+    end = np.array([encoding.eot_token], dtype=np.uint16)
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # processes share the cores
+    if name == "gpt2" and (fast := fast_gpt2(encoding)):
+        return lambda text: np.frombuffer(fast(text), dtype="<u4"), end
+    return lambda text: encoding.encode_to_numpy(text, disallowed_special=()), end
 
 
 def _encode(tokenizer: str, texts: list[str], ended: list[bool]) -> bytes:
     """Returns uint16 ids of the pieces, with end-of-text after each that ends its document."""
-    encoding = _worker_tokenizer(tokenizer)
-    end = np.array([encoding.eot_token], dtype=np.uint16)
+    encode, end = _encoder(tokenizer)
     parts = []
     for text, ends in zip(texts, ended, strict=True):
         try:
             text.encode()
         except UnicodeEncodeError:  # lone surrogates, replaced as tiktoken's encode_ordinary does
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        try:  # text that spells a special token is text
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            ids = encode(text)
         except BaseException as error:  # of tokenizers also a panic, which is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise

@@ -7,10 +7,12 @@ with the same methods through the `tokenizers` library (GPT-NeoX: EleutherAI/gpt
 
 import codecs
 import hashlib
+import json
 import os
 import re
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from nanosophia.configurator import UserError
@@ -57,6 +59,41 @@ def get_tokenizer(name: str):
                              f"({type(error).__name__}); {_how_to_supply()}") from error
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+# What a fast encoder is asked before it is trusted, beside the tests, which ask it much more.
+_PROBES = (
+    "", " ", "a\tb\r\n\r\n c", "'s 'S\u2019s don't\n's", " \u180e\u00a0\u2003x", "½Ⅷ٣4 1234567",
+    "naïve cafe\u0301 日本語 🎉🏽", f"a{EOT}b", "\x00\x7f", "   \n \n  def f(x):\n\treturn 3.14")
+
+
+def fast_gpt2(encoding) -> Callable[[str], bytes] | None:
+    """Returns a function from text to little-endian uint32 ids, those of tiktoken's GPT-2
+    `encoding`, about ten times as fast; None where fastokens cannot be had or differs from it.
+
+    Its own parameters for GPT-2's published files: with tiktoken's pattern it splits U+180E
+    otherwise.
+    """
+    try:
+        import fastokens
+        vocab_bpe, encoder_json = (
+            read_bytes(cache_dir() / cached).decode() for cached in _GPT2_FILES)
+        vocab = {token: rank for token, rank in json.loads(encoder_json).items() if token != EOT}
+        byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True,
+                          use_regex=True)
+        tokenizer = fastokens.Tokenizer.from_json_str(json.dumps(dict(
+            version="1.0", added_tokens=[], pre_tokenizer=byte_level, decoder=byte_level,
+            model=dict(type="BPE", vocab=vocab, merges=[
+                line.split(" ") for line in vocab_bpe.split("\n")[1:-1]]))))
+
+        def encode(text: str) -> bytes:
+            return tokenizer.encode_batch_flat([text])[0]
+
+        agrees = all(list(memoryview(encode(text)).cast("I")) == encoding.encode_ordinary(text)
+                     for text in _PROBES)
+    except Exception:  # no package, no cached files, another format: tiktoken is there
+        return None
+    return encode if agrees else None
 
 
 def fingerprint(encoding) -> str:

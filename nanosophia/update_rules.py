@@ -8,7 +8,7 @@ from torch import Tensor
 from nanosophia.distributed import to_local
 from sophia import sophia_update
 
-SLICE = 2**18  # coordinates: few enough for a CPU's cache, enough for the cost of a call
+SLICE = 2**19  # coordinates: few enough for a CPU's cache, enough for the cost of a call
 
 
 def sliced_update(theta: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, decay,

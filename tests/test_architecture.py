@@ -64,7 +64,7 @@ WITHOUT_TORCH = {"configurator", "tokenizer", "corpus", "documents", "encoding",
                  "folder_lock", "options", "schemas"}
 TORCH_ALONE = {"model", "sophia"}
 # Missing packages must not stop training: these may only be imported where they are used.
-LAZY = {"tiktoken", "datasets", "wandb", "transformers", "matplotlib", "pyarrow"}
+LAZY = {"tiktoken", "fastokens", "datasets", "wandb", "transformers", "matplotlib", "pyarrow"}
 SHADOWS = {"config", "data", "evaluate", "types", "logging", "random", "profile"}
 COMMANDS = {"train", "sample", "bench"}
 

@@ -25,7 +25,8 @@ from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.distributed import start_ranks
 from nanosophia.files import read_bytes
-from nanosophia.generate import stream
+from nanosophia.generate import lay_out_for_decoding, stream
+from nanosophia.precision import fastest_dtype
 from nanosophia.tokenizer import EOT, TextStream, get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, run_weights
 
@@ -39,7 +40,9 @@ class SampleSettings(Settings):
     out_dir: str = option("out", "folder of the run")
     checkpoint: Literal["newest", "best"] = option("newest", "which of the run's checkpoints")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the model")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "precision of the model; auto = float32 for one text on a CPU, else bfloat16 on "
+                "CUDA and on CPUs that compute it")
 
     start: str = option("\n", "prompt; FILE:path reads it from a file, - from standard input; "
                               "<|endoftext|> is understood", section="text")
@@ -70,8 +73,14 @@ def sample(settings: SampleSettings) -> None:
     """Prints the samples, a line of dashes after each."""
     device = start_ranks(settings.device).device
     weights = read_weights(settings)
+    dtype = settings.dtype
+    if dtype == "auto":
+        one = device.type == "cpu" and settings.num_samples == 1
+        dtype = "float32" if one else fastest_dtype(device)
     model = weights.build()
-    model.to(device, getattr(torch, settings.dtype)).eval()
+    model.to(device, getattr(torch, dtype)).eval()
+    if device.type == "cpu":
+        lay_out_for_decoding(model)
     if not weights.tokenizer:
         raise CheckpointError(f"{settings.init_from} has {weights.num_classes} classes and does "
                               "not say which tokenizer made them, so its output cannot be decoded")

@@ -1,9 +1,11 @@
-"""Times sampling with the key-value cache against a full forward pass per token.
+"""Times sampling: recomputing, a key-value cache, other layouts and precisions of the weights.
 
     python -m experiments.sampling [--max_new_tokens=500]
 
-The model is the 30M one with random weights, on the CPU. The methods take turns, one call each per
-round. The table shows median tokens per second and the ratios to recomputing in each round.
+The model is the 30M one with random weights, on the CPU. The ways take turns, one call each per
+round. For each token of one text every weight is read once, so the limit is the rate at which the
+same bytes are copied, measured in each round. "By columns" is `generate.lay_out_for_decoding`, as
+sample.py has it.
 """
 
 if __name__ == "__main__":
@@ -11,6 +13,7 @@ if __name__ == "__main__":
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -19,7 +22,7 @@ import torch
 from model import GPT, GPTConfig
 from nanosophia.command import command
 from nanosophia.configurator import Settings, load, option
-from nanosophia.generate import generate, sample_token
+from nanosophia.generate import generate, lay_out_for_decoding, sample_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,33 +45,60 @@ def recompute(model: GPT, idx: torch.Tensor, tokens: int, top_k: int) -> torch.T
     return idx
 
 
+def ways(settings: SamplingSettings) -> dict[str, tuple[int, int, Callable[[], object]]]:
+    """Returns by name: texts, bytes of the weights, the call to time."""
+    n, k, found = settings.max_new_tokens, settings.top_k, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for by_columns in (False, True):
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384)).to(dtype).eval()
+            if by_columns:
+                lay_out_for_decoding(model)
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            if not found:
+                found["recompute"] = (1, size, lambda model=model: recompute(
+                    model, torch.zeros(1, 1, dtype=torch.long), n, k))
+            for texts in (1, settings.batch):
+                name = f"cache, {str(dtype)[6:]}" + (", by columns" if by_columns else "")
+                found[f"{name}, {texts} texts" if texts > 1 else name] = (
+                    texts, size, lambda model=model, texts=texts: generate(
+                        model, torch.zeros(texts, 1, dtype=torch.long), n, temperature=0.8,
+                        top_k=k))
+    return found
+
+
+def copy_seconds(size: int) -> float:
+    """Returns the seconds that copying so many bytes takes, the best of three."""
+    source, seconds = torch.ones(size, dtype=torch.uint8), []
+    target = torch.empty_like(source)
+    for _ in range(3):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 @command()
 def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(SamplingSettings, argv, "python -m experiments.sampling [--key=value]")
-    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384)).eval()
-    n, k = settings.max_new_tokens, settings.top_k
-
-    def cached(rows: int) -> None:
-        generate(model, torch.zeros(rows, 1, dtype=torch.long), n, temperature=0.8, top_k=k)
-
-    methods = dict(  # name: (texts, call)
-        recompute=(1, lambda: recompute(model, torch.zeros(1, 1, dtype=torch.long), n, k)),
-        cached=(1, lambda: cached(1)),
-        batch=(settings.batch, lambda: cached(settings.batch)))
-    speeds = {name: [] for name in methods}
+    found = ways(settings)
+    speeds, shares = ({name: [] for name in found} for _ in range(2))
     for _ in range(settings.rounds):
-        for name, (rows, call) in methods.items():
-            start = time.perf_counter()
+        for name, (texts, size, call) in found.items():
+            limit, start = copy_seconds(size), time.perf_counter()
             call()
-            speeds[name].append(rows * n / (time.perf_counter() - start))
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {n} tokens\n\n"
-          "| way | tokens/s | over recomputing, by round |\n|---|---|---|")
+            per_token = (time.perf_counter() - start) / settings.max_new_tokens
+            speeds[name].append(texts / per_token)
+            shares[name].append(limit / per_token)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{settings.max_new_tokens} tokens\n\n"
+          "| way | tokens/s | over recomputing, by round | share of the copy limit |\n"
+          "|---|---|---|---|")
     for name, measured in speeds.items():
         ratios = [a / b for a, b in zip(measured, speeds["recompute"], strict=True)]
-        texts = methods[name][0]
-        print(f"| {name} ({texts} {'text' if texts == 1 else 'texts'}) | {median(measured):.1f} | "
-              f"{', '.join(f'{r:.1f}' for r in ratios)} |")
+        print(f"| {name} | {median(measured):.1f} | {', '.join(f'{r:.1f}' for r in ratios)} | "
+              f"{median(shares[name]):.0%} |")
 
 
 if __name__ == "__main__":

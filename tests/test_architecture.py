@@ -22,7 +22,7 @@ ALLOWED = {
     "bench": {"model", "command", "configurator", "dataloader", "distributed", "files", "metrics",
               "optimizers", "options", "resume", "startup", "tokenizer", "train"},
     "sample": {"model", "checkpoint", "command", "configurator", "distributed", "files",
-               "generate", "startup", "tokenizer", "weights"},
+               "generate", "precision", "startup", "tokenizer", "weights"},
     "configurator": set(),
     "tokenizer": {"configurator", "files"},
     "dataloader": {"configurator", "files", "schemas", "tokenizer"},

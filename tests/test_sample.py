@@ -4,8 +4,11 @@ import io
 import math
 
 import pytest
+import torch
 
 import sample
+from model import GPT, GPTConfig
+from nanosophia.generate import lay_out_for_decoding
 from nanosophia.tokenizer import TextStream, get_tokenizer
 from tests.conftest import run_train
 from tests.test_checkpoint import nanogpt_file
@@ -109,3 +112,28 @@ def test_characters_of_several_tokens_come_whole():
     for token in "🎉".encode()[:2]:
         assert stream.push(token) == ""
     assert stream.end() == "\ufffd"
+
+
+def test_the_layout_for_decoding_changes_no_logit():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)).eval()
+    idx = torch.randint(64, (2, 16))
+    with torch.no_grad():
+        before = model(idx)
+        lay_out_for_decoding(model)
+        assert model.transformer.wte.weight.stride() == (1, 64)
+        torch.testing.assert_close(model(idx), before)
+
+
+@pytest.mark.parametrize("flags, computes, expected", [
+    (["--num_samples=1"], True, torch.float32), (["--num_samples=2"], True, torch.bfloat16),
+    (["--num_samples=2"], False, torch.float32),
+    (["--num_samples=1", "--dtype=bfloat16"], False, torch.bfloat16)])
+def test_the_precision_suits_the_number_of_texts(run, monkeypatch, flags, computes, expected):
+    monkeypatch.setattr("nanosophia.precision.computes_bfloat16", lambda: computes)
+    monkeypatch.setattr("nanosophia.precision.bfloat16_speed", lambda: 2.0)
+    found = []
+    monkeypatch.setattr(sample, "lay_out_for_decoding",
+                        lambda model: found.append(next(model.parameters()).dtype))
+    sample.main([*run, *flags])
+    assert found == [expected]

@@ -76,7 +76,7 @@ def sample(settings: SampleSettings) -> None:
     dtype = settings.dtype
     if dtype == "auto":
         one = device.type == "cpu" and settings.num_samples == 1
-        dtype = "float32" if one else fastest_dtype(device)
+        dtype = "float32" if one else fastest_dtype(device, weights.config.n_embd)
     model = weights.build()
     model.to(device, getattr(torch, dtype)).eval()
     if device.type == "cpu":

@@ -121,8 +121,8 @@ class Config(Settings, GPTOptions):
 
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
-        "auto", "auto = bfloat16 autocast on CUDA and on CPUs that compute it, float32 elsewhere; "
-                "float64 = everything, for exactness checks")
+        "auto", "auto = bfloat16 autocast on CUDA and, for widths of 128 and more, on CPUs that "
+                "compute it, else float32; float64 = everything, for exactness checks")
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "with several ranks: each holds the whole model, or a share of it (FSDP2; for "
                "models that one device cannot hold)")

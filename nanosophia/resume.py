@@ -197,7 +197,8 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
                          f"{given!r} from now on")
     if config.dtype == "auto":
         saved_dtype = saved.get("dtype") if ranks.device.type == "cpu" else None
-        values["dtype"] = on_main(ranks, lambda: _choose_dtype(ranks.device, saved_dtype))
+        values["dtype"] = on_main(ranks, lambda: _choose_dtype(
+            ranks.device, saved_dtype, values.get("n_embd", config.n_embd)))
     if ranks.device.type == "cpu" and values.get("dtype", config.dtype) == "bfloat16":
         notes.append(on_main(ranks, _bfloat16_note))
     if checkpoint:
@@ -215,12 +216,12 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
         raise with_sources(error, sources) from None
 
 
-def _choose_dtype(device: torch.device, saved: str | None) -> str:
+def _choose_dtype(device: torch.device, saved: str | None, width: int) -> str:
     """Returns what dtype = auto is: a checkpoint's `saved`, so that a resumed run does not depend
     on a timing, unless it is one that this CPU emulates; otherwise the fastest."""
     if saved and not (saved == "bfloat16" and not computes_bfloat16()):
         return saved
-    return fastest_dtype(device)
+    return fastest_dtype(device, width)
 
 
 def _bfloat16_note() -> str:

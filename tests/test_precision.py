@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 def machine(monkeypatch):
     """Makes this a CPU with or without bfloat16, `speed` times as fast in it."""
     def make(*, computes: bool, speed: float):
+        monkeypatch.setattr("nanosophia.precision.NARROW", 16)  # the tests' models are
         monkeypatch.setattr("nanosophia.precision.computes_bfloat16", lambda: computes)
         monkeypatch.setattr("nanosophia.resume.computes_bfloat16", lambda: computes)
         monkeypatch.setattr("nanosophia.precision.bfloat16_speed", lambda: speed)
@@ -39,9 +40,10 @@ def dtype_of(tmp_path):
 def test_auto_takes_bfloat16_where_the_cpu_computes_it_and_is_faster(machine, computes, speed,
                                                                      expected):
     machine(computes=computes, speed=speed)
-    assert precision.fastest_dtype(CPU) == expected
-    assert precision.fastest_dtype(torch.device("mps")) == "float32"
-    assert precision.fastest_dtype(torch.device("cuda")) == "bfloat16"
+    assert precision.fastest_dtype(CPU, 128) == expected
+    assert precision.fastest_dtype(CPU, 8) == "float32"
+    assert precision.fastest_dtype(torch.device("mps"), 128) == "float32"
+    assert precision.fastest_dtype(torch.device("cuda"), 64) == "bfloat16"
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")

@@ -130,6 +130,7 @@ def test_the_layout_for_decoding_changes_no_logit():
     (["--num_samples=2"], False, torch.float32),
     (["--num_samples=1", "--dtype=bfloat16"], False, torch.bfloat16)])
 def test_the_precision_suits_the_number_of_texts(run, monkeypatch, flags, computes, expected):
+    monkeypatch.setattr("nanosophia.precision.NARROW", 16)
     monkeypatch.setattr("nanosophia.precision.computes_bfloat16", lambda: computes)
     monkeypatch.setattr("nanosophia.precision.bfloat16_speed", lambda: 2.0)
     found = []

@@ -6,6 +6,7 @@ checkpoint, a config file, a flag. Raises an error where they disagree.
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -151,7 +152,21 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         data.encoding()  # a missing one fails now, not after training
     if config.parallel == "fsdp" and ranks.world_size > 1 and config.sample_tokens:
         notes.append("no sample is drawn from a sharded model at the end; use sample.py")
+    if "on" in (config.compile, config.compile_optimizer):
+        notes += _usable_compile_cache()
     return Start(config, data, weights, checkpoint, [*notes, *filter(None, [data.note])])
+
+
+def _usable_compile_cache() -> list[str]:
+    """Chooses another folder for what torch compiles where its own cannot be written."""
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir()))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
+        return [f"compiled code cannot be kept in {folder} ({reason(error)}), so it is compiled anew"]
 
 
 def resolve_fresh(config: Config, ranks: Ranks, data: Dataset) -> Config:

@@ -13,8 +13,20 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 
-from experiments import compare, figures, gamma, optimizer_steps, runs, study, theory, toy
+from experiments import (
+    compare,
+    figures,
+    gamma,
+    optimizer_steps,
+    runs,
+    sampling,
+    speed,
+    study,
+    theory,
+    toy,
+)
 from experiments.runs import Result, RunError, RunSpec
+from nanosophia import optimizers
 from nanosophia.configurator import load
 
 # A run of a second on the tests' own data.
@@ -511,3 +523,49 @@ def test_each_optimizers_step_is_timed_alone(tmp_path, capsys):
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert rows.pop("AdamW, torch fused")["ratio"] == 1
     assert all(0 < row["least"] <= row["ratio"] <= row["most"] for row in rows.values())
+
+
+def test_whole_commands_are_timed_beside_nanogpts(data_dir, tmp_path, monkeypatch, capsys):
+    peer = tmp_path / "peer"
+    peer.mkdir()
+    (peer / "train.py").write_text("import sys\nprint(sys.argv)\nassert '--compile=False' in "
+                                   "sys.argv\n")
+    monkeypatch.setattr(speed, "contenders", lambda settings: {
+        "AdamW, float32": ["--optimizer=adamw", "--dtype=float32"]})
+    monkeypatch.setattr(speed, "SIDE", 64)
+    speed.main([f"--nanogpt={peer}", f"--dataset={data_dir}", "--rounds=1", "--steps=10",
+                "--n_layer=1", "--n_embd=16", "--block_size=16", "--batch_size=2",
+                "--vocab_size=320", f"--json={tmp_path / 'speed.json'}"])
+    assert "| nanoGPT's train.py, AdamW, float32 | " in capsys.readouterr().out
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert list(report["rows"]) == ["nanoGPT's train.py, AdamW, float32", "AdamW, float32"]
+    assert report["tokens"] == 64 and report["flops_per_step"] > 64 * 6 * 16 * 320
+    assert report["rows"]["AdamW, float32"]["peak_bytes"] > 100 << 20  # torch was imported
+
+
+def test_every_contender_of_the_speed_table_is_one_that_train_takes():
+    settings = speed.SpeedSettings()
+    for flags in speed.contenders(settings).values():
+        argv = speed.our_command(settings, flags, 21, "x")[2:]
+        config = RunSpec("", tuple(argv)).config()
+        assert config.max_iters == 21 and config.hessian_interval == 10
+        optimizers.check(config, 1)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps=15"], "no multiple of 10"), (["--nanogpt=nowhere"], "holds no train.py")])
+def test_speed_refuses_mistakes_in_words(refused, flags, words):
+    assert words in refused(speed.main, flags)
+
+
+def test_a_command_that_fails_is_named_with_its_last_line(tmp_path, data_dir, monkeypatch, refused):
+    monkeypatch.setattr(speed, "contenders", lambda settings: {"AdamW, float32": ["--nope=1"]})
+    line = refused(speed.main, [f"--dataset={data_dir}", "--rounds=1"])
+    assert "ended with 2: error: unknown key nope" in line
+
+
+def test_ways_of_sampling_are_timed_against_the_copy_limit(capsys):
+    sampling.main(["--max_new_tokens=2", "--rounds=1", "--batch=2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| cache, ") for line in lines) == 8
+    assert any(line.startswith("| cache, bfloat16, by columns, 2 texts | ") for line in lines)

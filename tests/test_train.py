@@ -3,6 +3,7 @@
 import ctypes
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from nanosophia.dataloader import open_dataset
 from nanosophia.distributed import Ranks
 from nanosophia.optimizers import OPTIMIZERS
 from nanosophia.options import Config
+from nanosophia.update_rules import sliced_update
 from tests.conftest import Allocated, listed, made_up_text, run_train, torchrun
 from tests.test_checkpoint import nanogpt_file
 
@@ -557,3 +559,13 @@ def test_the_loss_in_chunks_trains_the_same_run(tiny, tmp_path):
                         out_dir=tmp_path / str(chunk)))
     found = [[r["train/loss"] for r in records(tmp_path / str(chunk))] for chunk in (1000, 5)]
     assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_where_the_compile_cache_cannot_be_written_it_is_compiled_anew(tiny, tmp_path, monkeypatch,
+                                                                       capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("nanosophia.optimizers.compiled_update", sliced_update)  # 20 s less
+    run_train(*tiny("--max_iters=2", "--compile_optimizer=on"))
+    assert "file/cache (Not a directory), so it is compiled anew" in capsys.readouterr().out
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir()

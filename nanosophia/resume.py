@@ -166,7 +166,8 @@ def _usable_compile_cache() -> list[str]:
             return []
     except OSError as error:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
-        return [f"compiled code cannot be kept in {folder} ({reason(error)}), so it is compiled anew"]
+        return [f"compiled code cannot be kept in {folder} ({reason(error)}), so it is compiled "
+                "anew"]
 
 
 def resolve_fresh(config: Config, ranks: Ranks, data: Dataset) -> Config:

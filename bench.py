@@ -112,11 +112,16 @@ def main(argv: list[str]) -> None:
     report = measure(settings, sources)
     report["command"] = [flag for flag in argv
                          if not flag.startswith(("--json=", "--baseline=", "--tolerance="))]
-    print(table(report))
-    if settings.json:
-        write_text(Path(settings.json), json.dumps(report, indent=1) + "\n")
+    publish(report, table(report), settings.json)
     if baseline and print_regressions(baseline, report, settings.tolerance):
         raise SystemExit(1)
+
+
+def publish(report: dict, text: str, file: str) -> None:
+    """Prints a report as text and, where a file is named, writes it there as JSON."""
+    print(text)
+    if file:
+        write_text(Path(file), json.dumps(report, indent=1) + "\n")
 
 
 def check_place(key: str, path: Path) -> None:

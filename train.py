@@ -118,9 +118,9 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
         weights.load_into(model)
     if config.dtype == "float64":
         model.double()
-    on_cuda, blocks = ranks.device.type == "cuda", list(model.transformer.h)
+    blocks = list(model.transformer.h)
     sharded = config.parallel == "fsdp" and ranks.world_size > 1
-    compiled = config.compile == "on" or (config.compile == "auto" and on_cuda)
+    compiled = config.compiles("compile", ranks.device.type)
     chunk = config.loss_chunk
     if not chunk and not compiled and ranks.device.type == "cpu":
         bytes_per_logit = 2 if config.dtype == "bfloat16" else 4

@@ -12,23 +12,20 @@ training steps.
 if __name__ == "__main__":
     import nanosophia.startup  # noqa: F401
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
 import torch
 
-from bench import environment, time_action
+from bench import environment, publish, time_action
 from model import GPT
 from nanosophia.baselines import Lion
 from nanosophia.command import command
 from nanosophia.configurator import load, option
 from nanosophia.controlled_gamma import ControlledSophia
 from nanosophia.distributed import start_ranks
-from nanosophia.files import write_text
 from nanosophia.optimizers import parameter_groups
 from nanosophia.options import Config, padded_vocab_size
 from nanosophia.tokenizer import GPT2_CLASSES
@@ -139,9 +136,7 @@ def main(argv: list[str]) -> None:
     settings, _ = load(OptimizerStepsSettings, argv,
                        "python -m experiments.optimizer_steps [config/FILE.py] [--key=value]")
     report = measure(settings)
-    print(table(report))
-    if settings.json:
-        write_text(Path(settings.json), json.dumps(report, indent=1) + "\n")
+    publish(report, table(report), settings.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ rate at which one core multiplies matrices of 2048 x 2048 in the contender's pre
 if __name__ == "__main__":
     import nanosophia.startup  # noqa: F401
 
-import json
 import os
 import subprocess
 import sys
@@ -24,10 +23,10 @@ from statistics import median
 
 import torch
 
+from bench import publish
 from model import GPT, GPTConfig
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
-from nanosophia.files import write_text
 from nanosophia.precision import computes_bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,15 +69,16 @@ def contenders(settings: SpeedSettings) -> dict[str, list[str]]:
     """Returns the flags of train.py for each contender; the precision of those after the first is
     what dtype = auto may take."""
     low = "bfloat16" if computes_bfloat16() else "float32"
-    half, tenth = settings.batch_size, max(2, settings.batch_size // 5 // 2 * 2)
+    half, twentieth = settings.batch_size, max(1, settings.batch_size // 10)
     found = {"AdamW, float32": ["--optimizer=adamw", "--dtype=float32"]}
     found |= {f"{name}, {low}": [*flags, f"--dtype={low}"] for name, flags in {
         "AdamW": ["--optimizer=adamw"], "Lion": ["--optimizer=lion"], "Muon": ["--optimizer=muon"],
         "Sophia-G, half of the batch": ["--optimizer=sophiag", f"--hessian_batch_size={half}"],
         "Sophia-G, a tenth in two chunks": [
-            "--optimizer=sophiag", f"--hessian_batch_size={tenth}", "--hessian_chunks=2"],
-        "Sophia-H, a twentieth": ["--optimizer=sophiah", "--hessian_batch_size=1"],
-        "AdaHessian, a twentieth": ["--optimizer=adahessian", "--hessian_batch_size=1"]}.items()}
+            "--optimizer=sophiag", f"--hessian_batch_size={2 * twentieth}", "--hessian_chunks=2"],
+        "Sophia-H, a twentieth": ["--optimizer=sophiah", f"--hessian_batch_size={twentieth}"],
+        "AdaHessian, a twentieth": [
+            "--optimizer=adahessian", f"--hessian_batch_size={twentieth}"]}.items()}
     return found
 
 
@@ -182,9 +182,7 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(SpeedSettings, argv, "python -m experiments.speed [--key=value]")
     report = measure(settings)
-    print(table(report))
-    if settings.json:
-        write_text(Path(settings.json), json.dumps(report, indent=1) + "\n")
+    publish(report, table(report), settings.json)
 
 
 if __name__ == "__main__":

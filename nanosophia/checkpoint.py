@@ -38,6 +38,7 @@ from nanosophia.distributed import (
 )
 from nanosophia.files import fsync, open_file, reason, remove, write_text
 from nanosophia.schemas import Manifest, State, read
+from nanosophia.tokenizer import resolve_tokenizer
 
 MODEL, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -59,6 +60,11 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     state: State
+
+    @property
+    def tokenizer(self) -> str:
+        """Returns the run's tokenizer as `get_tokenizer` takes it."""
+        return resolve_tokenizer(self.folder.parent, self.state["tokenizer"])
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Returns the whole parameters by name, on the CPU."""

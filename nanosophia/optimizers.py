@@ -192,9 +192,7 @@ def _sophia(cls: type[Sophia]) -> Callable[[Config, list[dict]], torch.optim.Opt
                                          bias_correction=config.hessian_bias_correction)
         else:
             optimizer = cls(groups, **settings)
-        on_cuda = groups[1]["params"][0].is_cuda
-        compiled = config.compile_optimizer == "on" or (config.compile_optimizer == "auto"
-                                                        and on_cuda)
+        compiled = config.compiles("compile_optimizer", groups[1]["params"][0].device.type)
         optimizer.rule = compiled_update if compiled else sliced_update
         return optimizer
 

@@ -149,6 +149,11 @@ class Config(Settings, GPTOptions):
         from model import GPTConfig
         return GPTConfig(**{f.name: getattr(self, f.name) for f in fields(GPTConfig)})
 
+    def compiles(self, key: str, device_type: str) -> bool:
+        """Returns whether the switch `key`, compile or compile_optimizer, is on for a device."""
+        return getattr(self, key) == "on" or (getattr(self, key) == "auto"
+                                              and device_type == "cuda")
+
     @property
     def tokens_per_step(self) -> int:
         """Returns the tokens of one optimizer step over all ranks."""

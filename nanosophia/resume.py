@@ -141,7 +141,7 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     weights = None
     if checkpoint:
         _require_same_data(checkpoint, data, config)
-        require_tokenizer(checkpoint.state["tokenizer"], data, checkpoint.folder)
+        require_tokenizer(checkpoint.tokenizer, data, checkpoint.folder)
     elif config.init_from not in ("scratch", "auto"):
         weights = foreign_weights(config.init_from)
         config = adopt_weight_shape(config, sources, asdict(weights.config))
@@ -152,7 +152,7 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         data.encoding()  # a missing one fails now, not after training
     if config.parallel == "fsdp" and ranks.world_size > 1 and config.sample_tokens:
         notes.append("no sample is drawn from a sharded model at the end; use sample.py")
-    if "on" in (config.compile, config.compile_optimizer):
+    if any(config.compiles(key, ranks.device.type) for key in ("compile", "compile_optimizer")):
         notes += _usable_compile_cache()
     return Start(config, data, weights, checkpoint, [*notes, *filter(None, [data.note])])
 

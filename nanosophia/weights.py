@@ -31,7 +31,7 @@ from nanosophia.schemas import (
     check,
     read,
 )
-from nanosophia.tokenizer import FILE_NAME, GPT2_CLASSES, resolve_tokenizer
+from nanosophia.tokenizer import FILE_NAME, GPT2_CLASSES
 
 
 class Weights(NamedTuple):
@@ -79,8 +79,7 @@ def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
     if found is None:
         return None
     return Weights(str(found.folder), found.model_tensors(), saved_model_config(found),
-                   resolve_tokenizer(out_dir, found.state["tokenizer"]),
-                   found.state["num_classes"], found.state)
+                   found.tokenizer, found.state["num_classes"], found.state)
 
 
 def saved_model_config(found: Checkpoint) -> GPTConfig:

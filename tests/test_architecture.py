@@ -33,7 +33,7 @@ ALLOWED = {
     "encoding": {"documents", "tokenizer"},
     "schemas": {"files"},
     "options": {"model", "configurator"},
-    "checkpoint": {"configurator", "distributed", "files", "schemas"},
+    "checkpoint": {"configurator", "distributed", "files", "schemas", "tokenizer"},
     "weights": {"model", "checkpoint", "configurator", "files", "options", "schemas", "tokenizer"},
     "optimizers": {"sophia", "baselines", "configurator", "controlled_gamma", "estimators",
                    "options", "update_rules"},

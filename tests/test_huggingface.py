@@ -18,10 +18,11 @@ import train
 from model import GPT
 from nanosophia import checkpoint, huggingface
 from nanosophia.checkpoint import load_latest
+from nanosophia.corpus import write_corpus
 from nanosophia.generate import generate
 from nanosophia.tokenizer import EOT, get_tokenizer
 from nanosophia.weights import foreign_weights, run_weights
-from tests.conftest import CutOff, run_train
+from tests.conftest import CutOff, listed, run_train
 
 transformers = pytest.importorskip("transformers")
 TEXT = "Hello  world!\n\tdef f(x):  return 3.14 # naïve ünïcode 日本語 🎉 don't 'll \x00 end"
@@ -233,6 +234,17 @@ def test_a_transformers_model_is_imported_with_its_logits(gpt2_folder, tmp_path,
     shutil.rmtree(folder)
     sample.main([f"--out_dir={tmp_path / 'moved'}", "--num_samples=1", "--max_new_tokens=5",
                  "--start=a"])
+
+
+def test_an_imported_run_is_evaluated_on_data_of_its_own_tokenizer(gpt2_folder, tmp_path, capsys):
+    folder, _ = gpt2_folder
+    huggingface.main([f"--import_from={folder}", f"--out_dir={tmp_path / 'x'}"])
+    write_corpus(listed([("train", "abc " * 100), ("val", "abc " * 50)]), tmp_path / "data",
+                 str(folder / "tokenizer.json"))
+    capsys.readouterr()
+    train.main(["--eval_only", f"--out_dir={tmp_path / 'x'}", f"--dataset={tmp_path / 'data'}",
+                "--device=cpu"])
+    assert "step 0: " in capsys.readouterr().out
 
 
 def test_a_model_that_names_no_tokenizer_is_not_decoded_as_gpt2s(gpt2_folder, tmp_path, capsys,

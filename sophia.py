@@ -199,7 +199,8 @@ class Sophia(torch.optim.Optimizer):
             if p in self.state:
                 m, h = self.state[p]["exp_avg"], self.state[p]["hessian"]
                 denominator = (self._gamma(self.state[p], group) * h).clamp_min_(group["eps"])
-                unclipped = (m.abs() < denominator).sum()
+                # A controlled gamma puts one coordinate on its threshold: rounding must not decide.
+                unclipped = (m.abs() < denominator * (1 + 1e-6)).sum()
                 add("unclipped_fraction", unclipped, p.numel())
                 add(f"unclipped/{group.get('kind')}", unclipped, p.numel())
                 add("hessian_floor_fraction", (h <= group["eps"]).sum(), p.numel())

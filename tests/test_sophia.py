@@ -1011,3 +1011,17 @@ def test_the_state_of_another_optimizer_or_model_is_refused_and_nothing_changes(
         optimizer.load_state_dict(state)
     for name, x in before["state"][0].items():
         assert torch.equal(optimizer.state[p][name], x)
+
+
+def test_rounding_does_not_decide_whether_the_coordinate_at_the_quantile_is_clipped():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(16, dtype=torch.float64))
+    optimizer = ControlledSophia([p], gamma_target=0.9)
+    p.grad = torch.randn_like(p)
+    optimizer.update_hessian([torch.rand_like(p)])
+    optimizer.step()
+    m, found = optimizer.state[p]["exp_avg"].clone(), set()
+    for _ in range(30):
+        optimizer.state[p]["exp_avg"].copy_(m * (1 + 1e-14 * torch.randn_like(m)))
+        found.add(optimizer.statistics()["unclipped_fraction"].item())
+    assert found == {15 / 16}

@@ -263,7 +263,7 @@ def _fill(splits: dict[str, _SplitFile], documents: Documents, task: dict, out_d
     if done:
         print(f"continuing after {done:,} documents and {tokens():,} tokens")
     last_saved, started, whole = tokens(), tokens(), True
-    batches = encode_documents(documents.read(done), tokenizer, num_proc)
+    batches = encode_documents(documents, done, tokenizer, num_proc)
     if documents.val_share:
         batches = cut_in_two(batches, documents.val_share)
     try:

@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 from nanosophia.configurator import UserError
 
+LARGEST_PART = 1 << 28  # bytes that a process reads and tokenises at once
+
 
 class CorpusError(UserError):
     """A corpus cannot be read or written; the message says which file and what to do."""
@@ -25,6 +27,24 @@ class Documents:
     count: int | None  # None: not known beforehand
     read: Callable[[int], Iterator[tuple[str, str]]]  # (split, text) from document number n on
     val_share: float = 0.0  # above 0: there is one document, whose last tokens are for validation
+    # The same for processes that read by themselves; None where one must read everything.
+    parts: Callable[[int], Iterator["Part"] | None] = lambda first: None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive documents of one file, which any process can read by itself."""
+
+    path: Path
+    column: str
+    skip: int  # documents of the file before it
+    splits: list[str]  # one per document
+    size: int  # bytes, about
+
+    def read(self) -> Iterator[tuple[str, str]]:
+        """Yields (split, text)."""
+        return zip(self.splits, _reader(self.path).read(self.path, self.column, self.skip),
+                   strict=False)
 
 
 def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],
@@ -49,7 +69,26 @@ def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],
                     yield split_of(row), text
             first += count
 
-    return Documents(pattern, _identity(files, column), total, read)
+    def parts(start: int) -> Iterator[Part] | None:
+        found = [(path, *part) for path in files for part in _reader(path).parts(path)]
+        if len(found) < 2 or sum(count for _, _, count, _ in found) < total \
+                or max(size for *_, size in found) > LARGEST_PART:
+            return None
+        return _parts_from(start, found, column, split_of)
+
+    return Documents(pattern, _identity(files, column), total, read, parts=parts)
+
+
+def _parts_from(start: int, found: list[tuple[Path, int, int, int]], column: str,
+                split_of: Callable[[int], str]) -> Iterator[Part]:
+    """Yields the parts from document number `start` on; `found` has (path, skip, count, bytes)."""
+    first = 0
+    for path, skip, count, size in found:
+        cut = max(0, start - first)
+        if cut < count:
+            splits = [split_of(row) for row in range(first + cut, first + count)]
+            yield Part(path, column, skip + cut, splits, size)
+        first += count
 
 
 def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[int], str]], *,
@@ -144,10 +183,12 @@ def find_files(pattern: str) -> list[Path]:
 
 @dataclass(frozen=True)
 class Reader:
-    """How a kind of file is read: its number of documents, and its documents from number n on."""
+    """How a kind of file is read: its number of documents, its documents from number n on, and its
+    parts that can be read without those before them: (number of the first, documents, bytes)."""
 
     count: Callable[[Path], int]
     read: Callable[[Path, str, int], Iterator[str]]
+    parts: Callable[[Path], Iterator[tuple[int, int, int]]] = lambda path: iter(())
 
 
 def _reader(path: Path) -> "Reader | None":
@@ -241,7 +282,19 @@ def _read_txt(path: Path, column: str, skip: int) -> Iterator[str]:
         raise CorpusError(f"{path} is not readable UTF-8 text: {error}") from None
 
 
+def _row_groups(path: Path) -> Iterator[tuple[int, int, int]]:
+    metadata, first = _open_parquet(path).metadata, 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        yield first, group.num_rows, group.total_byte_size
+        first += group.num_rows
+
+
+def _whole_file(path: Path) -> Iterator[tuple[int, int, int]]:
+    yield 0, 1, path.stat().st_size
+
+
 _JSONL = Reader(lambda path: sum(1 for _ in _lines(path)), _read_jsonl)
-READERS = {".parquet": Reader(lambda path: _open_parquet(path).metadata.num_rows, _read_parquet),
+READERS = {".parquet": Reader(lambda path: _open_parquet(path).metadata.num_rows, _read_parquet,
+                              _row_groups),
            ".jsonl": _JSONL, ".jsonl.gz": _JSONL, ".jsonl.zst": _JSONL,
-           ".txt": Reader(lambda path: 1, _read_txt)}
+           ".txt": Reader(lambda path: 1, _read_txt, _whole_file)}

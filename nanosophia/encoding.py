@@ -1,7 +1,8 @@
 """Turns documents into batches of token ids, in order, in this process or in several.
 
-Long documents are cut where the parts tokenise as the whole does, so that a worker gets no more
-than a bounded piece; the ids are the same for any number of processes.
+Workers read parquet and txt files by themselves; what cannot be divided is read here and handed to
+them. Long documents are cut where the pieces tokenise as the whole does. The ids are the same for
+any number of processes.
 """
 
 import os
@@ -15,41 +16,54 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from functools import cache
+from itertools import chain
 
 import numpy as np
 
-from nanosophia.documents import CorpusError
+from nanosophia.documents import CorpusError, Documents, Part
 from nanosophia.tokenizer import fast_gpt2, get_tokenizer
 
-BATCH_CHARACTERS = 1 << 19  # text handed to a worker at a time
-Batches = Iterator[tuple[str, int, bool, bytes]]
+BATCH_CHARACTERS = 1 << 19  # text that is tokenised at a time
+PART_BYTES = 1 << 22  # small parts, such as txt files, are given to a worker together
+Batch = tuple[str, int, bool, bytes]
+Pieces = tuple[str, list[str], list[bool]]
 
 
-def encode_documents(documents: Iterator[tuple[str, str]], tokenizer: str,
-                     num_proc: int) -> Batches:
-    """Yields batches in order: split, number of documents that end in it, whether it ends with the
-    end of one, uint16 ids.
+def encode_documents(documents: Documents, first: int, tokenizer: str,
+                     num_proc: int) -> Iterator[Batch]:
+    """Yields the documents from number `first` on in batches: split, number of documents that end
+    in it, whether it ends with the end of one, uint16 ids.
 
     Raises CorpusError where a document cannot be read, after the batches of those before it.
     """
-    batches = _batched(documents)
     if num_proc == 1:
-        for split, texts, ended in batches:
-            yield split, sum(ended), ended[-1], _encode(tokenizer, texts, ended)
+        for pieces in _batched(documents.read(first)):
+            yield _encode(tokenizer, *pieces)
         return
+    parts = documents.parts(first)
+    if parts is not None:
+        calls = ((_encode_parts, tokenizer, group) for group in _grouped(parts))
+    else:
+        calls = ((_encode_pieces, tokenizer, *pieces)
+                 for pieces in _batched(documents.read(first)))
+    for batches, error in _results(calls, num_proc):
+        yield from batches
+        if error:
+            raise error
+
+
+def _results(calls: Iterator[tuple], num_proc: int) -> Iterator:
+    """Makes calls (function, *arguments) in processes; yields the results in order."""
     with ProcessPoolExecutor(num_proc, initializer=_exit_with_parent,
                              initargs=(os.getpid(),)) as pool:
         pending = deque()
         try:
-            for split, texts, ended in batches:
-                pending.append((split, sum(ended), ended[-1],
-                                _submit(pool, tokenizer, texts, ended)))
+            for call in calls:
+                pending.append(_submit(pool, *call))
                 if len(pending) > 2 * num_proc:
-                    *facts, future = pending.popleft()
-                    yield *facts, future.result()
+                    yield pending.popleft().result()
             while pending:
-                *facts, future = pending.popleft()
-                yield *facts, future.result()
+                yield pending.popleft().result()
         except BrokenProcessPool:
             raise CorpusError("a tokenising process died (out of memory?); the same command "
                               "continues; try a smaller --num_proc") from None
@@ -57,7 +71,35 @@ def encode_documents(documents: Iterator[tuple[str, str]], tokenizer: str,
             pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, *args) -> Future:
+def _grouped(parts: Iterator[Part]) -> Iterator[list[Part]]:
+    """Yields consecutive parts, together about PART_BYTES unless one alone is larger."""
+    group, size = [], 0
+    for part in parts:
+        if group and size + part.size > PART_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += part.size
+    if group:
+        yield group
+
+
+def _encode_parts(tokenizer: str, parts: list[Part]) -> tuple[list[Batch], CorpusError | None]:
+    """Returns the batches of some parts and the error, if there was one, that ended them."""
+    batches = []
+    try:
+        for pieces in _batched(chain.from_iterable(part.read() for part in parts)):
+            batches.append(_encode(tokenizer, *pieces))
+    except CorpusError as error:
+        return batches, error
+    return batches, None
+
+
+def _encode_pieces(tokenizer: str, *pieces) -> tuple[list[Batch], None]:
+    return [_encode(tokenizer, *pieces)], None
+
+
+def _submit(pool: ProcessPoolExecutor, *call) -> Future:
     """Hands a batch to the pool, which may start a worker for it.
 
     A worker starts with Ctrl-C blocked, as it is here, until it ignores it: one that arrived
@@ -65,7 +107,7 @@ def _submit(pool: ProcessPoolExecutor, *args) -> Future:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(_encode, *args)
+        return pool.submit(*call)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -86,7 +128,7 @@ def _exit_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str], list[bool]]]:
+def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[Pieces]:
     """Yields consecutive pieces of one split, about BATCH_CHARACTERS, and whether each ends its
     document. An error of the source is raised after the batch of what it gave before."""
     texts, ended, size, current, failed = [], [], 0, "", None
@@ -137,8 +179,8 @@ def _encoder(name: str) -> tuple[Callable[[str], np.ndarray], np.ndarray]:
     return lambda text: encoding.encode_to_numpy(text, disallowed_special=()), end
 
 
-def _encode(tokenizer: str, texts: list[str], ended: list[bool]) -> bytes:
-    """Returns uint16 ids of the pieces, with end-of-text after each that ends its document."""
+def _encode(tokenizer: str, split: str, texts: list[str], ended: list[bool]) -> Batch:
+    """Returns the batch of some pieces, with end-of-text after each that ends its document."""
     encode, end = _encoder(tokenizer)
     parts = []
     for text, ends in zip(texts, ended, strict=True):
@@ -157,10 +199,10 @@ def _encode(tokenizer: str, texts: list[str], ended: list[bool]) -> bytes:
         parts.append(ids.astype(np.uint16))
         if ends:
             parts.append(end)
-    return np.concatenate(parts).tobytes()
+    return split, sum(ended), ended[-1], np.concatenate(parts).tobytes()
 
 
-def cut_in_two(batches: Batches, val_share: float) -> Batches:
+def cut_in_two(batches: Iterator[Batch], val_share: float) -> Iterator[Batch]:
     """Turns the batches of one document into its training part and its validation part.
 
     It is cut at a token, whatever the text is like; each part ends with end-of-text.

@@ -315,6 +315,69 @@ def test_a_failing_source_keeps_what_is_done_and_the_next_run_ends_with_the_same
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
 
 
+def third_are_val(count):
+    return lambda row: "val" if row % 3 == 2 else "train"
+
+
+@pytest.fixture
+def divisible(tmp_path, monkeypatch):
+    """A folder of parquet and txt files that processes read by themselves, in small groups."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("nanosophia.encoding.PART_BYTES", 4000)
+    monkeypatch.setattr("nanosophia.encoding.BATCH_CHARACTERS", 64)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "bd":
+        rows = [f"{name} {i} " * (1 + 97 * i % 40) for i in range(50)]
+        parquet.write_table(pyarrow.table({"text": rows}), folder / f"{name}.parquet",
+                            row_group_size=12)
+    for i in range(30):
+        (folder / f"c{i:02}.txt").write_text(f"file {i}\n" * (i + 1))
+    return folder
+
+
+def test_processes_that_read_by_themselves_write_the_same_files(tmp_path, divisible):
+    source = local_documents(str(divisible), third_are_val)
+    assert len(list(source.parts(0))) == 5 + 30 + 5
+    for start in (0, 1, 12, 49, 50, 55, 80, 129, 130):
+        assert [x for part in source.parts(start) for x in part.read()] == list(source.read(start))
+    one = write_corpus(source, tmp_path / "one", "bytes")
+    two = write_corpus(source, tmp_path / "two", "bytes", num_proc=2)
+    assert one == two and one["splits"]["val"]["documents"] == 43
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_an_error_of_a_process_that_reads_keeps_what_was_before_it(tmp_path, divisible):
+    bad = divisible / "c17.txt"
+    good = bad.read_bytes()
+    bad.write_bytes(b"\xff" * len(good))
+    os.utime(bad, ns=(0, 0))
+    source = local_documents(str(divisible), third_are_val)
+    with pytest.raises(CorpusError, match="c17.txt is not readable UTF-8"):
+        write_corpus(source, tmp_path / "parts", "bytes", num_proc=2)
+    saved = json.loads((tmp_path / "parts" / "progress.json").read_text())["splits"]
+    assert saved["train"]["documents"] + saved["val"]["documents"] == 50 + 17
+    bad.write_bytes(good)
+    os.utime(bad, ns=(0, 0))
+    write_corpus(source, tmp_path / "parts", "bytes", num_proc=2)
+    write_corpus(source, tmp_path / "whole", "bytes")
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_cannot_be_divided_is_read_by_one(tmp_path, divisible, monkeypatch):
+    assert local_documents(str(divisible / "c00.txt"), all_train).parts(0) is None
+    monkeypatch.setattr("nanosophia.documents.LARGEST_PART", 100)
+    assert local_documents(str(divisible), all_train).parts(0) is None
+    monkeypatch.undo()
+    (divisible / "a.jsonl").write_text('{"text": "x"}\n')
+    source = local_documents(str(divisible), third_are_val)
+    assert source.parts(0) is None
+    write_corpus(source, tmp_path / "two", "bytes", num_proc=2)
+    write_corpus(source, tmp_path / "one", "bytes")
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
 def assert_same_files(a, b):
     assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
     for path in a.iterdir():

@@ -219,12 +219,11 @@ def plain_step(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
     all logits are computed at once, and the optimizer is torch's fused AdamW."""
     config, device = run.config, run.ranks.device
     run.model.loss_fn = cross_entropy
-    micro_batches = config.total_batch_size // config.batch_size
     generator = np.random.default_rng(config.seed)
 
     def rows(offsets: np.ndarray) -> torch.Tensor:
         ids = torch.stack([torch.from_numpy(tokens[i:i + config.block_size].astype(np.int64))
-                           for i in offsets])  # (batch_size, block_size)
+                           for i in offsets])  # (rows, block_size)
         if device.type == "cuda":
             return ids.pin_memory().to(device, non_blocking=True)
         return ids.to(device)
@@ -232,11 +231,12 @@ def plain_step(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
     def step(number: int) -> None:
         for group in run.optimizer.param_groups:
             group["lr"] = train.cosine_lr(config, number)
-        for _ in range(micro_batches):
-            offsets = generator.integers(len(tokens) - config.block_size, size=config.batch_size)
+        for part in run.micro_batches:
+            offsets = generator.integers(len(tokens) - config.block_size,
+                                         size=part.stop - part.start)
             idx, targets = rows(offsets), rows(offsets + 1)
             with run.autocast():
-                loss = run.model(idx, targets) / micro_batches
+                loss = run.model(idx, targets) / len(run.micro_batches)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
         run.optimizer.step()

@@ -55,7 +55,7 @@ from nanosophia.distributed import (
     sum_over_ranks,
     wrap,
 )
-from nanosophia.estimators import Estimator
+from nanosophia.estimators import Estimator, row_range
 from nanosophia.evaluation import describe_loss, evaluate, evaluate_split
 from nanosophia.folder_lock import FolderLock, LockError
 from nanosophia.guard import (
@@ -94,6 +94,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     estimator: Estimator | None
     batches: Prefetcher
+    micro_batches: list[slice]  # this rank's rows of a step
+    chunks: list[list[slice]]  # and of an estimate
     counters: StepCounters
     guard: Guard
     sharded: bool  # parameters are split over ranks
@@ -137,16 +139,20 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
         all_reduce=sum_over_ranks if ranks.world_size > 1 else None,
         sharded_gradient=sharded_gradient(model, ranks) if sharded else None)
 
+    chunks = ranks.chunks(config.hessian_batch_size, config.hessian_chunks, config.batch_size)
+
     def row_ranges(step: int) -> list[tuple[int, int]]:
-        estimates = estimator is not None and step % config.hessian_interval == 0
-        sizes = (config.total_batch_size, config.hessian_batch_size)
-        return [ranks.share(size) for size in (sizes if estimates else sizes[:1])]
+        ranges = [ranks.share(config.total_batch_size)]
+        if estimator is not None and step % config.hessian_interval == 0:
+            ranges.append(row_range(chunks))
+        return ranges
 
     batches = Prefetcher(
         TrainBatches(data.train, block_size=config.block_size, seed=config.seed,
                      total_batch_size=config.total_batch_size, sampling=config.sampling,
                      vocab_size=data.vocab_size), row_ranges, ranks.device)
     return Run(config, ranks, model, wrapped, optimizer, estimator, batches,
+               ranks.micro_batches(config.total_batch_size, config.batch_size), chunks,
                StepCounters(torch.zeros((), device=ranks.device)),
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
 
@@ -173,8 +179,9 @@ def cosine_lr(config: Config, step: int) -> float:
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
-    """Makes one optimizer step; returns this rank's mean loss and the gradient norm, as tensors.
+    """Makes one optimizer step; returns a loss and the gradient norm, as tensors.
 
+    The mean of that loss over ranks is that of the batch.
     Syncs with the host only for optimizers that cannot read found_inf on the device.
     """
     config = run.config
@@ -182,16 +189,16 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
         group["lr"] = cosine_lr(config, step)
     if run.estimator is not None and step % config.hessian_interval == 0:
         update_curvature(run, step)
-    start, stop = run.ranks.share(config.total_batch_size)
-    assert (stop - start) % config.batch_size == 0, (start, stop, config.batch_size)
     mean_loss = torch.zeros((), device=run.ranks.device)
-    for row in range(start, stop, config.batch_size):
-        rows = run.batches.rows(step, row, row + config.batch_size)
+    for part in run.micro_batches:
+        rows = run.batches.rows(step, part.start, part.stop)
         idx, targets = inputs_and_targets(rows, run.ranks.device)
-        seed_dropout(config, "dropout", step, row)
-        with gradient_sync(run.wrapped, on=row + config.batch_size == stop):
+        seed_dropout(config, "dropout", step, part.start)
+        # Gradients are averaged over ranks, of which some may have fewer rows.
+        weight = len(rows) * run.ranks.world_size / config.total_batch_size
+        with gradient_sync(run.wrapped, on=part is run.micro_batches[-1]):
             with run.autocast():
-                loss = run.wrapped(idx, targets) * (config.batch_size / (stop - start))
+                loss = run.wrapped(idx, targets) * weight
             loss.backward()
         mean_loss += loss.detach()
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(run.model.parameters(),
@@ -208,7 +215,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
 def update_curvature(run: Run, step: int) -> None:
     """Updates h (Algorithm 3, lines 7-9) from an estimate at the current parameters."""
     config = run.config
-    start, stop = run.ranks.share(config.hessian_batch_size)
+    start, stop = row_range(run.chunks)
     idx, targets = inputs_and_targets(run.batches.rows(step, start, stop), run.ranks.device)
     forward_fn = run.model.forward if run.estimator.second_derivatives else run.model
     row = start
@@ -221,7 +228,7 @@ def update_curvature(run: Run, step: int) -> None:
         with run.autocast():
             return forward_fn(idx, *args, **kwargs)
 
-    estimate = run.estimator.estimate(forward, idx, targets, start,
+    estimate = run.estimator.estimate(forward, idx, targets, run.chunks,
                                       keyed_seed(config.seed, "hessian", step))
     skip_if_nonfinite(run.guard.check_estimate(step, estimate), run.optimizer,
                       lambda: run.optimizer.update_hessian(estimate))
@@ -297,7 +304,7 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
             on_main(ranks, lock.take, LockError)
         if ranks.is_main:
             print_summary(config, run.model, ranks, data, run.batches.batches.windows,
-                          [*start.notes, *settings_warnings(config)])
+                          run.micro_batches, [*start.notes, *settings_warnings(config)])
         if config.eval_only:
             loss = evaluate_split(run.model, data, ranks, config.block_size, config.batch_size,
                                   run.autocast)

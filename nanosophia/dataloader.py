@@ -258,6 +258,8 @@ def gather(tokens: np.ndarray, offsets: list[int], T: int, vocab_size: int) -> T
 
     Raises DataError on an id outside the vocabulary.
     """
+    if not offsets:  # of a rank without rows
+        return torch.empty(0, T + 1, dtype=torch.int64)
     rows = np.stack([tokens[p:p + T + 1] for p in offsets])
     if rows.max() >= vocab_size:
         offset, file = offsets[int(rows.max(1).argmax())], getattr(tokens, "filename", "the data")

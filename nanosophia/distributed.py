@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,35 @@ class Ranks:
     def share(self, total: int) -> tuple[int, int]:
         """Returns start and stop of this rank's contiguous share of `total` rows."""
         return total * self.rank // self.world_size, total * (self.rank + 1) // self.world_size
+
+    def micro_batches(self, total: int, largest: int) -> list[slice]:
+        """Returns this rank's share of `total` rows in parts of at most `largest` rows.
+
+        The parts are alike where that takes less than twice as many of them, and otherwise differ
+        by a row. Every rank has as many, but that a rank with fewer rows than parts has no empty
+        ones.
+        """
+        rows = -(-total // self.world_size)  # of the largest share
+        least = -(-rows // largest)
+        alike = (n for n in range(least, 2 * least) if total % (self.world_size * n) == 0)
+        return _split(*self.share(total), next(alike, least))
+
+    def chunks(self, total: int, count: int, largest: int) -> list[list[slice]]:
+        """Returns this rank's share of `count` equal chunks of `total` rows, in micro-batches.
+
+        A single chunk is shared by all ranks.
+        """
+        if count == 1:
+            return [self.micro_batches(total, largest)]
+        size = total // count
+        parts = Ranks(0, 1, self.device).micro_batches(size, largest)
+        return [[slice(c * size + part.start, c * size + part.stop) for part in parts]
+                for c in range(*self.share(count))]
+
+
+def _split(start: int, stop: int, parts: int) -> list[slice]:
+    ends = [start + (stop - start) * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
 
 def world_size() -> int:

@@ -22,6 +22,7 @@ from model import GPT
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load
 from nanosophia.dataloader import DataError, open_dataset
+from nanosophia.distributed import Ranks
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import build, check, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
@@ -86,10 +87,10 @@ def plan(config: Config) -> Plan:
 
 
 def rows_per_rank(config: Config, gpus: int) -> int:
-    """Returns the sequences of a micro-batch on each of so many GPUs, at most the config's."""
-    per_rank = max(1, config.total_batch_size // gpus)
-    return next(rows for rows in range(min(config.batch_size, per_rank), 0, -1)
-                if per_rank % rows == 0)
+    """Returns the sequences of the largest micro-batch on each of so many GPUs."""
+    last = Ranks(gpus - 1, gpus, torch.device("meta"))  # whose share is none of the smaller ones
+    return max((part.stop - part.start for part in last.micro_batches(
+        config.total_batch_size, config.batch_size)), default=1)
 
 
 def memory(plan: Plan, gpus: int) -> Memory:
@@ -164,7 +165,8 @@ def report(config: Config) -> str:
     if uneven:
         near = [g for g in range(1, GPUS[-1] + 1) if c.total_batch_size % g == 0][-6:]
         lines += ["", f"total_batch_size = {c.total_batch_size} does not divide over "
-                      f"{' or '.join(uneven)} GPUs; it does over {', '.join(map(str, near))}"]
+                      f"{' or '.join(uneven)} GPUs, so some wait for others there; it does over "
+                      f"{', '.join(map(str, near))}"]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ micro-batch, with labels drawn by a faster two-level search.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -21,16 +22,19 @@ ShardedGradient = Callable[[Losses, Sequence[Tensor]], tuple[list[Tensor], Tenso
 BLOCK = 128  # classes that the label draw sums before it looks at single ones
 
 
+Chunks = list[list[slice]]
+
+
 class Estimator(NamedTuple):
     """Estimates the curvature of an optimizer's parameters at their current values.
 
-    `estimate(forward, inputs, targets, first_row, seed)` returns one tensor per parameter.
-    `forward` is called as the model is (`model.GPT.forward`); `inputs` and `targets` (rows, T) are
-    this rank's rows, the first of which is row `first_row` of the step's batch; `seed` depends on
-    the step alone.
+    `estimate(forward, inputs, targets, chunks, seed)` returns one tensor per parameter. `forward`
+    is called as the model is (`model.GPT.forward`); `inputs` and `targets` (rows, T) are this
+    rank's rows, and `chunks` their places in the step's batch: lists of micro-batches, in order
+    (`Ranks.chunks`), none where the rank has no rows. `seed` depends on the step alone.
     """
 
-    estimate: Callable[[Callable[..., Tensor], Tensor, Tensor, int, int], list[Tensor]]
+    estimate: Callable[[Callable[..., Tensor], Tensor, Tensor, Chunks, int], list[Tensor]]
     second_derivatives: bool = False  # `forward` must not be compiled
 
 
@@ -40,18 +44,20 @@ def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
     """Returns the Gauss-Newton-Bartlett estimator (Algorithm 2)."""
     sample_labels_fn = partial(sample_labels_two_level, num_classes=num_classes)
 
-    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
+    def estimate(forward, inputs, targets, chunks, seed) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(config.hessian_batch_size, targets.size(1), generator=generator)
-        uniforms = uniforms[first_row:first_row + len(inputs)].to(inputs.device)
+        first, _ = row_range(chunks)
+        uniforms = uniforms[first:first + len(inputs)].to(inputs.device)
         uniforms = uniforms.masked_fill(targets == -100, -1)  # no label is drawn there
 
         def sampled_loss(rows: slice) -> tuple[Tensor, Tensor]:
             n = (uniforms[rows] >= 0).sum()
             return forward(inputs[rows], uniforms[rows], sample_labels_fn=sample_labels_fn) * n, n
 
-        return _squares_of_rows(sampled_loss, len(inputs), config, params, all_reduce,
-                                sharded_gradient)
+        return chunked_squares(_losses(sampled_loss, chunks), params, all_reduce=all_reduce,
+                               one_square=config.hessian_chunks == 1,
+                               sharded_gradient=sharded_gradient)
 
     return Estimator(estimate)
 
@@ -60,12 +66,14 @@ def empirical_fisher_estimator(config: Config, params: list[Tensor], num_classes
                                all_reduce: AllReduce = None,
                                sharded_gradient: ShardedGradient = None) -> Estimator:
     """Returns the estimator that squares the gradient on the true labels (E-F of Fig. 7)."""
-    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
+    def estimate(forward, inputs, targets, chunks, seed) -> list[Tensor]:
         def loss(rows: slice) -> tuple[Tensor, Tensor]:
             n = (targets[rows] != -100).sum()
             return forward(inputs[rows], targets[rows]) * n, n
 
-        return _squares_of_rows(loss, len(inputs), config, params, all_reduce, sharded_gradient)
+        return chunked_squares(_losses(loss, chunks), params, all_reduce=all_reduce,
+                               one_square=config.hessian_chunks == 1,
+                               sharded_gradient=sharded_gradient)
 
     return Estimator(estimate)
 
@@ -74,13 +82,12 @@ def hutchinson_estimator(config: Config, params: list[Tensor], num_classes: int,
                          all_reduce: AllReduce = None,
                          sharded_gradient: ShardedGradient = None) -> Estimator:
     """Returns Hutchinson's estimator (Algorithm 1) on the mean loss; all ranks share one probe."""
-    def estimate(forward, inputs, targets, first_row, seed) -> list[Tensor]:
+    def estimate(forward, inputs, targets, chunks, seed) -> list[Tensor]:
         def summed_loss(rows: slice) -> Tensor:
             logits = forward(inputs[rows]).flatten(0, 1)  # (n, V)
             return F.cross_entropy(logits, targets[rows].flatten(), reduction="sum")
 
-        hhat = hutchinson([partial(summed_loss, rows) for rows in _slices(
-                              0, len(inputs), config.batch_size)], params,
+        hhat = hutchinson(chain(*_losses(summed_loss, chunks)), params,
                           generator=torch.Generator(params[0].device).manual_seed(seed))
         count = (targets != -100).sum()
         if all_reduce is not None:
@@ -91,20 +98,17 @@ def hutchinson_estimator(config: Config, params: list[Tensor], num_classes: int,
     return Estimator(estimate, second_derivatives=True)
 
 
-def _squares_of_rows(loss: Callable[[slice], tuple[Tensor, Tensor]], rows: int, config: Config,
-                     params: list[Tensor], all_reduce: AllReduce,
-                     sharded_gradient: ShardedGradient) -> list[Tensor]:
-    """Splits rows into config's chunks and micro-batches; returns `chunked_squares` of them."""
-    size = rows if config.hessian_chunks == 1 else \
-        config.hessian_batch_size // config.hessian_chunks
-    chunks = [[partial(loss, part) for part in _slices(chunk.start, chunk.stop, config.batch_size)]
-              for chunk in _slices(0, rows, size)]
-    return chunked_squares(chunks, params, one_square=config.hessian_chunks == 1,
-                           all_reduce=all_reduce, sharded_gradient=sharded_gradient)
+def row_range(chunks: Chunks) -> tuple[int, int]:
+    """Returns start and stop of a rank's rows in the step's batch."""
+    parts = [part for chunk in chunks for part in chunk]
+    return (parts[0].start, parts[-1].stop) if parts else (0, 0)
 
 
-def _slices(start: int, stop: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+def _losses(loss: Callable[[slice], object], chunks: Chunks) -> list[list[Callable]]:
+    """Returns functions that compute the loss of each micro-batch of a rank's rows."""
+    first, _ = row_range(chunks)
+    return [[partial(loss, slice(part.start - first, part.stop - first)) for part in chunk]
+            for chunk in chunks]
 
 
 def chunked_squares(chunks: Iterable[Losses], params: Sequence[Tensor], *, one_square: bool = False,
@@ -114,11 +118,12 @@ def chunked_squares(chunks: Iterable[Losses], params: Sequence[Tensor], *, one_s
 
     The expectation is `gauss_newton_bartlett`'s; with C chunks its relative deviation is sqrt(2/C)
     instead of sqrt(2). With `one_square` the single chunks of all ranks are squared together, the
-    paper's way; otherwise each rank's chunks are squared on their own.
+    paper's way; otherwise each rank's chunks are squared on their own. A rank may have no rows.
     """
-    squares, count = None, 0
-    for losses in chunks:
-        S, n = (sharded_gradient or summed_gradient)(losses, params)
+    squares, count = None, torch.zeros((), dtype=torch.int64, device=params[0].device)
+    for losses in list(chunks) or [[]]:
+        S, n = (sharded_gradient or summed_gradient)(losses, params) if losses else (
+            [torch.zeros_like(p) for p in params], torch.zeros_like(count))
         if all_reduce is not None and one_square and sharded_gradient is None:
             all_reduce([*S, n])
         torch._foreach_mul_(S, S)

@@ -87,9 +87,8 @@ def check(config: Config, world_size: int) -> None:
     if config.gamma_rows != "none" and not config.gamma_target:
         raise ConfigError(f"gamma_rows = {config.gamma_rows} has no effect without gamma_target; "
                           "set both or none", "gamma_rows")
-    if config.parallel == "fsdp" and entry.fsdp_refusal:
-        raise ConfigError(f"parallel = fsdp cannot serve optimizer = {config.optimizer}: "
-                          f"{entry.fsdp_refusal}; use --parallel=ddp", "parallel", "optimizer")
+    if config.parallel == "fsdp":
+        _check_sharding(config, entry, world_size)
     if entry.estimator is None:
         return
     rows, chunks = config.hessian_batch_size, config.hessian_chunks
@@ -97,12 +96,6 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(f"hessian_batch_size = {rows} is more than total_batch_size = "
                           f"{config.total_batch_size}: the estimate uses rows of the same batch; "
                           "lower it", "hessian_batch_size", "total_batch_size")
-    if rows % world_size:
-        raise ConfigError(f"hessian_batch_size = {rows} does not divide over {world_size} ranks; "
-                          "choose a multiple", "hessian_batch_size")
-    if chunks > 1 and chunks % world_size:
-        raise ConfigError(f"hessian_chunks = {chunks} is neither 1 nor a multiple of the "
-                          f"{world_size} ranks; choose one", "hessian_chunks")
     if config.parallel == "fsdp" and world_size > 1 and chunks > 1:
         raise ConfigError(f"hessian_chunks = {chunks} with parallel = fsdp: the ranks reduce each "
                           "chunk's gradients together, so that chunks would depend on their "
@@ -111,6 +104,19 @@ def check(config: Config, world_size: int) -> None:
     if rows % chunks:
         raise ConfigError(f"hessian_batch_size = {rows} does not divide into hessian_chunks = "
                           f"{chunks}; choose a divisor", "hessian_chunks", "hessian_batch_size")
+
+
+def _check_sharding(config: Config, entry: "OptimizerSpec", world_size: int) -> None:
+    """Raises ConfigError where shards cannot serve: each rank must take as many micro-batches."""
+    if entry.fsdp_refusal:
+        raise ConfigError(f"parallel = fsdp cannot serve optimizer = {config.optimizer}: "
+                          f"{entry.fsdp_refusal}; use --parallel=ddp", "parallel", "optimizer")
+    for key in ("total_batch_size", "hessian_batch_size")[:2 if entry.estimator else 1]:
+        rows = getattr(config, key)
+        if rows // world_size < -(-rows // (world_size * config.batch_size)):
+            raise ConfigError(f"{key} = {rows} gives some of {world_size} ranks fewer micro-batches"
+                              " than others, and parallel = fsdp needs them to run in step; choose "
+                              f"a multiple of {world_size}, or use --parallel=ddp", key, "parallel")
 
 
 def with_own_defaults(config: Config, sources: dict[str, str]) -> Config:

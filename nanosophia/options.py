@@ -82,7 +82,9 @@ class Config(Settings, GPTOptions):
         "none", "what the ids are where no meta.json says it; gpt2 for .bin files of nanoGPT")
     sampling: Literal["epochs", "random"] = option(
         "epochs", "every window once before any again, or nanoGPT's random places")
-    batch_size: int = option(15, "sequences per micro-batch and rank", low=1, high=1 << 20)
+    batch_size: int = option(
+        15, "most sequences per micro-batch and rank; a rank's rows are divided evenly", low=1,
+        high=1 << 20)
     total_batch_size: int = option(
         480, "sequences per step over all ranks and micro-batches", low=1, high=1 << 20)
 
@@ -111,8 +113,7 @@ class Config(Settings, GPTOptions):
     hessian_batch_size: int = option(240, "first sequences of the batch that the estimate uses",
                                      low=1)
     hessian_chunks: int = option(
-        1, "parts of these squared separately and averaged; 1 (the paper) or a multiple of the "
-           "number of ranks", low=1)
+        1, "equal parts of these, squared separately and averaged; 1: the paper", low=1)
 
     max_iters: int = option(100_000, "length of the run and of the cosine", unit="steps", low=1,
                             section="schedule")
@@ -164,25 +165,13 @@ class Config(Settings, GPTOptions):
             raise ConfigError(f"n_embd = {self.n_embd} does not divide into n_head = "
                               f"{self.n_head} heads; choose n_embd a multiple of n_head",
                               "n_embd", "n_head")
-        if self.init_from not in ("resume", "auto") and not self.eval_only:
-            self.check_world(1)  # a checkpoint may bring the other numbers
 
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError unless the batch divides over `world_size` ranks."""
-        rows = self.batch_size * world_size
-        over = f" x {world_size} ranks" if world_size > 1 else ""
-        if self.total_batch_size % rows:
-            raise ConfigError(
-                f"total_batch_size = {self.total_batch_size} is not a multiple of batch_size = "
-                f"{self.batch_size}{over}; {_nearby(self.total_batch_size, world_size)}",
-                "total_batch_size", "batch_size")
-
-
-def _nearby(total: int, world_size: int) -> str:
-    divisors = [d for d in range(1, total // world_size + 1) if total % (d * world_size) == 0]
-    if not divisors:
-        return f"total_batch_size must be a multiple of {world_size}"
-    return "batch_size may be one of " + ", ".join(map(str, divisors[-8:]))
+        """Raises ConfigError unless every one of `world_size` ranks gets a row of the batch."""
+        if self.total_batch_size < world_size:
+            raise ConfigError(f"total_batch_size = {self.total_batch_size} is less than the "
+                              f"{world_size} ranks, which each need a row; raise it, or start "
+                              "fewer ranks", "total_batch_size")
 
 
 def padded_vocab_size(classes: int) -> int:

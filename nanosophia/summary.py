@@ -15,10 +15,11 @@ from nanosophia.options import Config
 
 
 def print_summary(config: Config, model: GPT, ranks: Ranks, data: Dataset, windows: int,
-                  notes: Iterable[str]) -> None:
+                  micro_batches: list[slice], notes: Iterable[str]) -> None:
     """Prints the resolved settings, what they make, and what the user should know.
 
-    `windows` is the number of training windows, of which a step takes total_batch_size.
+    `windows` is the number of training windows, of which a step takes total_batch_size, and
+    `micro_batches` are this rank's of a step.
     """
     listed = ", ".join(f"{key}={value}" for key, value in asdict(config).items())
     print(textwrap.fill(f"config: {listed}", 100, subsequent_indent="  ", break_long_words=False))
@@ -26,9 +27,11 @@ def print_summary(config: Config, model: GPT, ranks: Ranks, data: Dataset, windo
         ranks.device
     print(f"model: {model.num_params(non_embedding=False):,} parameters, "
           f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token")
+    sizes = sorted({part.stop - part.start for part in micro_batches}, reverse=True)
     print(f"run: {config.tokens_per_step:,} tokens per step, {config.max_iters:,} steps = "
           f"{config.max_iters * config.total_batch_size / windows:,.2f} epochs of {data.folder}, "
-          f"{ranks.world_size} x {device}, {config.dtype}", flush=True)
+          f"{ranks.world_size} x {device}, {config.dtype}; micro-batches of "
+          f"{' and '.join(map(str, sizes))}", flush=True)
     for note in notes:
         print(f"note: {note}")
 

@@ -4,7 +4,6 @@ import pytest
 
 import train
 from nanosophia.configurator import ConfigError, help_text, load
-from nanosophia.optimizers import check
 from nanosophia.options import Config
 
 
@@ -47,7 +46,6 @@ def test_values_may_hold_equals_signs_and_whole_floats_are_integers():
     ("--optimizer=adanw", "did you mean adamw?"),
     ("--dtype=float16", "is none of auto, float32"),
     ("--n_head=7", "n_embd = 768 does not divide into n_head = 7"),
-    ("--batch_size=7", "total_batch_size = 480 is not a multiple of batch_size = 7"),
     ("--hessian_batch_size=481", "is more than total_batch_size"),
     ("--hessian_chunks=7", "does not divide into hessian_chunks = 7"),
     ("config/train_gpt2_30m_sofiag.py", "did you mean config/train_gpt2_30m_sophiag.py?"),
@@ -82,18 +80,6 @@ def test_help_lists_every_key_with_its_default(capsys):
     text = capsys.readouterr().out
     assert text.strip() == help_text(Config, "train.py [config/FILE.py] [--key=value]").strip()
     assert "--hessian_batch_size=int" in text and "default 240" in text
-
-
-def test_ranks_that_do_not_divide_are_refused():
-    config = loaded("--batch_size=60")
-    with pytest.raises(ConfigError, match="batch_size = 60 x 3 ranks.*may be one of"):
-        config.check_world(3)
-    with pytest.raises(ConfigError, match="nor a multiple of the 4 ranks"):
-        check(loaded("--hessian_chunks=2"), 4)
-    with pytest.raises(ConfigError, match="hessian_batch_size = 30 does not divide over 4 ranks"):
-        check(loaded("--hessian_batch_size=30"), 4)
-    check(loaded("--hessian_chunks=8"), 4)
-    check(loaded("--hessian_batch_size=30", "--optimizer=adamw"), 4)
 
 
 def test_programs_get_the_same_checks_as_users():

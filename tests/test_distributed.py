@@ -3,9 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from nanosophia.distributed import _attempt_store
+from nanosophia.distributed import Ranks, _attempt_store
 from tests.conftest import torchrun
 
 
@@ -47,3 +48,29 @@ def test_leaving_the_group_ends_its_threads(tiny):
     result = torchrun(2, "tests/exit_worker.py", *tiny("--max_iters=2"))
     assert result.returncode == 0, result.stderr
     assert "no thread is left" in result.stdout
+
+
+@pytest.mark.parametrize("total, largest, world, sizes", [
+    (480, 15, 8, [15] * 4), (480, 10, 10, [8] * 6), (480, 15, 64, [7]), (8, 3, 1, [2] * 4),
+    (479, 10, 1, [10] * 47 + [9]), (8, 4, 3, [2]), (7, 9, 1, [7]), (3, 2, 4, [])])
+def test_micro_batches_are_alike_where_that_costs_little(total, largest, world, sizes):
+    first = Ranks(0, world, torch.device("cpu")).micro_batches(total, largest)
+    assert sorted((part.stop - part.start for part in first), reverse=True) == sizes
+
+
+@pytest.mark.parametrize("total, largest, world, count", [
+    (480, 10, 7, 1), (32, 10, 10, 1), (240, 4, 64, 1), (5, 1, 3, 1), (240, 7, 10, 12),
+    (240, 20, 8, 3)])
+def test_every_row_is_one_ranks_whatever_divides(total, largest, world, count):
+    rows, numbers = [], []
+    for rank in range(world):
+        chunks = Ranks(rank, world, torch.device("cpu")).chunks(total, count, largest)
+        parts = [part for chunk in chunks for part in chunk]
+        assert all(0 < part.stop - part.start <= largest for part in parts)
+        rows += [row for part in parts for row in range(part.start, part.stop)]
+        numbers.append(len(parts))
+        for chunk in chunks if count > 1 else []:  # a chunk is not divided between ranks
+            assert chunk[-1].stop - chunk[0].start == total // count
+    assert rows == list(range(total))
+    if count == 1 and total // world >= -(-total // (world * largest)):
+        assert len(set(numbers)) == 1  # they run in step

@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from nanosophia.baselines import AdaHessian
 from nanosophia.chunked_loss import chunked_cross_entropy
 from nanosophia.controlled_gamma import ControlledSophia, control_gamma
+from nanosophia.distributed import Ranks
 from nanosophia.estimators import (
     chunked_squares,
     empirical_fisher_estimator,
@@ -363,7 +364,8 @@ def test_the_trainers_estimators_on_the_fused_loss_give_the_same_estimates(loss_
         config = Config(n_head=1, n_embd=8, hessian_batch_size=4, total_batch_size=4, batch_size=1,
                         hessian_chunks=chunks)
         for make, loss in ((gnb_estimator, sampled), (empirical_fisher_estimator, true)):
-            fused = make(config, params, 290).estimate(model, idx, targets, 0, 5)
+            parts = Ranks(0, 1, torch.device("cpu")).chunks(4, chunks, 1)
+            fused = make(config, params, 290).estimate(model, idx, targets, parts, 5)
             plain = in_chunks(loss, 4, params, chunk_size=None if chunks == 1 else 2,
                               micro_batch_size=1)
             torch.testing.assert_close(fused, plain)

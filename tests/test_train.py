@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,11 @@ def test_evaluation_is_the_same_for_any_batch_size_and_disturbs_nothing(tiny, da
     (2, ("--dropout=0.1",)), (2, ("--hessian_chunks=2", "--gamma_target=0.9")), (4, ()),
     (2, ("--optimizer=sophiah", "--dropout=0.1")), (2, ("--optimizer=ef_clip",)),
     (2, ("--activation_checkpointing", "--dropout=0.1")),
+    # Ranks with fewer rows than others, or none
+    (3, ("--hessian_batch_size=2", "--gamma_target=0.9")), (3, ("--hessian_chunks=4",)),
+    (3, ("--optimizer=sophiah", "--hessian_batch_size=1", "--hessian_interval=1")),
+    (3, ("--optimizer=adamw", "--batch_size=2")), (3, ("--hessian_chunks=2",)),
+    (3, ("--parallel=fsdp", "--batch_size=3", "--hessian_batch_size=4")),
     *((2, ("--parallel=fsdp", *more)) for more in (
         ("--dropout=0.1", "--eval_windows=5"), ("--gamma_target=0.9", "--gamma_rows=embedding"),
         ("--optimizer=adamw", "--activation_checkpointing"), ("--optimizer=lion",),
@@ -218,6 +224,17 @@ def test_shards_refuse_chunks_that_would_depend_on_the_ranks(tiny, monkeypatch):
         resume.check_settings(config, {})
 
 
+@pytest.mark.parametrize("key, flags", [
+    ("total_batch_size", ("--batch_size=1",)),
+    ("hessian_batch_size", ("--hessian_batch_size=2", "--batch_size=4"))])
+def test_shards_refuse_ranks_that_would_not_run_in_step(tiny, monkeypatch, key, flags):
+    monkeypatch.setattr(resume, "world_size", lambda: 3)
+    config = load(Config, tiny("--parallel=fsdp", *flags), "")[0]
+    with pytest.raises(ConfigError, match=f"{key} = . gives some of 3 ranks fewer micro-batches"):
+        resume.check_settings(config, {})
+    resume.check_settings(replace(config, batch_size=4, hessian_batch_size=3), {})
+
+
 def test_recomputed_blocks_give_the_same_run(tiny, tmp_path):
     for name, extra in (("a", ()), ("b", ("--activation_checkpointing",))):
         run_train(*tiny("--dropout=0.2", "--max_iters=12", *extra, out_dir=tmp_path / name))
@@ -232,12 +249,11 @@ def test_ranks_talk_once_per_step_about_gradients_and_once_per_estimate(tiny):
 
 
 def test_ranks_refuse_together_with_one_line_each(tiny):
-    result = torchrun(2, "train.py", *tiny("--batch_size=8"))
+    result = torchrun(2, "train.py", *tiny("--total_batch_size=1", "--hessian_batch_size=1"))
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2 and any(line.startswith("error: rank 1: ") for line in lines)
-    assert all("total_batch_size = 8 is not a multiple of batch_size = 8 x 2 ranks" in line
-               for line in lines)
+    assert all("total_batch_size = 1 is less than the 2 ranks" in line for line in lines)
     assert 'train.py", line' not in result.stderr  # no traceback of ours; torchrun prints its own
 
 
@@ -265,12 +281,12 @@ def test_settings_left_out_come_from_the_checkpoint_and_changed_ones_are_noted(
     assert "note: gamma was 1.0 until step 6 and is 2.0 from now on" in out
 
 
-def test_a_resumed_batch_that_does_not_divide_over_the_ranks_is_refused(tiny, data_dir, tmp_path):
-    run_train(*tiny())
+def test_a_resumed_batch_that_has_no_row_for_a_rank_is_refused(tiny, data_dir, tmp_path):
+    run_train(*tiny("--total_batch_size=1", "--hessian_batch_size=1"))
     result = torchrun(2, "train.py", "--init_from=resume", f"--out_dir={tmp_path / 'run'}",
-                      "--batch_size=8", "--device=cpu", "--max_iters=9")
+                      "--device=cpu", "--max_iters=9")
     assert result.returncode != 0
-    assert "total_batch_size = 8 is not a multiple of batch_size = 8 x 2 ranks" in result.stderr
+    assert "total_batch_size = 1 is less than the 2 ranks" in result.stderr
     assert f"total_batch_size from {tmp_path / 'run'}" in result.stderr
 
 

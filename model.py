@@ -2,7 +2,9 @@
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; parameters have
 the names of OpenAI's release. By default there are no biases and no dropout, as in the Sophia paper
-(arXiv:2305.14342). The file needs torch alone and knows nothing of optimizers, ranks or files.
+(arXiv:2305.14342). `rotary_fraction`, `parallel_residual` and `tied_head` make it GPT-NeoX (Black
+et al. 2022, arXiv:2204.06745). The file needs torch alone and knows nothing of optimizers, ranks or
+files.
 """
 
 import math
@@ -45,6 +47,31 @@ class GPTConfig:
     scale_attn_by_inverse_layer_idx: bool = option(
         False, "divide attention logits by the layer's index, from 1 (the paper: for AdamW and "
                "Lion at 355M and above)")
+    rotary_fraction: float = option(
+        0.0, "share of each head's channels with rotary positions (GPT-NeoX: 0.25); 0 = learned "
+             "position embeddings", low=0, high=1)
+    parallel_residual: bool = option(
+        False, "GPT-NeoX: attention and MLP of a block side by side on the same input")
+    tied_head: bool = option(True, "the head is the token embedding; GPT-NeoX has one of its own")
+
+    @property
+    def rotary_channels(self) -> int:
+        """Returns how many channels of each head rotary positions turn."""
+        return int(self.n_embd // self.n_head * self.rotary_fraction)
+
+
+def rotate(x: Tensor, pos: Tensor, channels: int, base: float = 10_000.0) -> Tensor:
+    """Returns x (B, n_head, T, hs) with its first `channels` turned by its positions `pos` (T,).
+
+    Channel i and channel i + channels/2 are a pair that position p turns by p / base^(2i/channels)
+    radians (Su et al. 2021, arXiv:2104.09864, in GPT-NeoX's order of the channels).
+    """
+    half = channels // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = pos[:, None] * frequency  # (T, half), in float32 under any autocast
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b, rest = x.split([half, half, x.size(-1) - channels], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -57,17 +84,21 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.rotary_channels = config.rotary_channels
         self.scale = 1 / math.sqrt(config.n_embd // config.n_head)
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, cache=None) -> Tensor:
-        """Returns (B, T, C) for x (B, T, C), which follows the keys and values in `cache`."""
+    def forward(self, x: Tensor, pos: Tensor, cache=None) -> Tensor:
+        """Returns (B, T, C) for x (B, T, C) at positions `pos` (T,), which follows the keys and
+        values in `cache`."""
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, n_head, T, hs)
             for part in self.c_attn(x).split(C, dim=2)
         )
+        if self.rotary_channels:
+            q, k = (rotate(part, pos, self.rotary_channels) for part in (q, k))
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_head, all positions, hs)
         y = F.scaled_dot_product_attention(  # else a single query would see the first key alone
@@ -92,7 +123,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block."""
+    """Pre-norm residual block, attention and MLP one after the other or side by side."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -100,10 +131,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.parallel = config.parallel_residual
 
-    def forward(self, x: Tensor, cache=None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, pos: Tensor, cache=None) -> Tensor:
+        y = x + self.attn(self.ln_1(x), pos, cache)
+        return y + self.mlp(self.ln_2(x if self.parallel else y))
 
 
 SampleLabels = Callable[[Tensor, Tensor], Tensor]
@@ -125,7 +157,7 @@ def cross_entropy(x: Tensor, head: Tensor, targets: Tensor,
 
 
 class GPT(nn.Module):
-    """GPT-2 with the head tied to the token embedding.
+    """GPT-2, or with its config's last three options GPT-NeoX.
 
     `activation_checkpointing` recomputes each block in the backward pass instead of keeping its
     activations. `loss_fn` may be set to another function with the signature of `cross_entropy`.
@@ -139,11 +171,14 @@ class GPT(nn.Module):
         self.loss_fn = cross_entropy
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **({} if config.rotary_channels else dict(
+                wpe=nn.Embedding(config.block_size, config.n_embd))),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -170,14 +205,17 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit the model's context of "
                              f"{self.config.block_size}; crop the input")
         pos = torch.arange(past, T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))
+        x = self.transformer.wte(idx)
+        if not self.config.rotary_channels:
+            x = x + self.transformer.wpe(pos)
+        x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):  # x is (B, T, C)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, pos, use_reentrant=False)
             else:
-                x = block(x, caches[layer] if caches else None)
+                x = block(x, pos, caches[layer] if caches else None)
         x = self.transformer.ln_f(x[:, -1:] if caches else x)
-        head = self.transformer.wte.weight
+        head = (self.transformer.wte if self.config.tied_head else self.lm_head).weight
         if targets is None:
             return F.linear(x, head)  # (B, T, V)
         return self.loss_fn(x.flatten(0, 1), head, targets.flatten(), sample_labels_fn)
@@ -185,13 +223,16 @@ class GPT(nn.Module):
     def num_params(self, non_embedding: bool = True) -> int:
         """Returns the number of parameters, by default without the position embedding (nanoGPT)."""
         total = sum(p.numel() for p in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        if non_embedding and not self.config.rotary_channels:
+            total -= self.transformer.wpe.weight.numel()
+        return total
 
     def flops_per_token(self) -> int:
         """Returns training FLOPs per token, forward and backward: 6N + 12 L d T (PaLM, appendix B).
 
-        N counts the tied embedding once and no position embedding; attention is counted without
-        the saving of the causal mask.
+        N counts the head, tied or not, and no table that is only looked up; attention is counted
+        without the saving of the causal mask.
         """
         c = self.config
-        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        N = self.num_params() - (0 if c.tied_head else self.transformer.wte.weight.numel())
+        return 6 * N + 12 * c.n_layer * c.n_embd * c.block_size

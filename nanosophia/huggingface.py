@@ -4,8 +4,8 @@
     python -m nanosophia.huggingface --import_from=gpt2 --out_dir=out/gpt2
 
 The folder holds model.safetensors, config.json, the tokenizer and a model card; it loads with
-AutoModelForCausalLM and AutoTokenizer. GPT-2 there always has biases: those that a model lacks are
-written as zeros. Padding rows of the embedding are left out.
+AutoModelForCausalLM and AutoTokenizer, as GPT-2 or, with rotary positions, GPT-NeoX. These always
+have biases there: those that a model lacks are written as zeros. Padding rows are left out.
 """
 
 if __name__ == "__main__":
@@ -31,14 +31,13 @@ from nanosophia.metrics import read_records
 from nanosophia.options import Config
 from nanosophia.schemas import TransformersConfig, read
 from nanosophia.tokenizer import EOT, FILE_NAME, bytes_to_unicode, get_tokenizer
-from nanosophia.weights import (
-    Weights,
+from nanosophia.transformers_models import (
     check_exportable,
-    foreign_weights,
-    run_weights,
-    to_transformers,
-    transformers_config,
+    family_of,
+    their_config,
+    their_tensors,
 )
+from nanosophia.weights import Weights, foreign_weights, run_weights
 
 MARK = "nanosophia_card_sha256"  # in config.json: this command wrote the folder, and this README.md
 
@@ -51,8 +50,8 @@ class HuggingFaceSettings(Settings):
     export: str = option("", "folder to write")
     checkpoint: Literal["newest", "best"] = option("newest", "which of the run's checkpoints")
     licence: str = option("other", "licence that the model card states")
-    import_from: str = option("", "GPT-2 folder of transformers, name on its hub, or nanoGPT's "
-                                  "ckpt.pt")
+    import_from: str = option("", "GPT-2 or GPT-NeoX folder of transformers, name on its hub, or "
+                                  "nanoGPT's ckpt.pt")
 
     def check(self) -> None:
         if bool(self.export) == bool(self.import_from):
@@ -96,13 +95,13 @@ def export(settings: HuggingFaceSettings) -> Path:
     remove(partial)
     partial.mkdir(parents=True)
     try:
-        save_file(to_transformers(weights), partial / "model.safetensors",
-                  metadata=dict(format="pt"))
+        save_file(their_tensors(weights.tensors, weights.config, weights.num_classes),
+                  partial / "model.safetensors", metadata=dict(format="pt"))
     except SafetensorError as error:  # of the disk, say
         raise CheckpointError(f"{partial} cannot be written: {error}") from error
     _write_tokenizer(partial, weights.tokenizer, tokenizer, weights.config.block_size)
     write_text(partial / "README.md", card if kept is None else kept)
-    config = transformers_config(weights, tokenizer.eot_token)
+    config = their_config(weights.config, weights.num_classes, tokenizer.eot_token)
     write_text(partial / "config.json", json.dumps(config | {MARK: _sha256(card)}, indent=1) + "\n")
     for path in (*partial.iterdir(), partial):
         fsync(path)
@@ -217,7 +216,7 @@ def _halves(ranks: dict[bytes, int], token: bytes, letters: dict[int, str]) -> t
 def model_card(weights: Weights, settings: HuggingFaceSettings) -> str:
     """Returns README.md, filled from the run."""
     config, records = weights.state["config"], _records(Path(settings.out_dir))
-    steps = weights.state["step"]
+    steps, family = weights.state["step"], family_of(weights.config)
     seen = {key: next((r[key] for r in reversed(records) if key in r and r["step"] < steps), None)
             for key in ("train/loss", "val/loss")}
     losses = ", ".join(f"{name.partition('/')[0]} {value:.4f}" for name, value in seen.items()
@@ -229,11 +228,11 @@ def model_card(weights: Weights, settings: HuggingFaceSettings) -> str:
 license: {settings.licence}
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2, nanosophia, {config["optimizer"]}]
+tags: [{family.lower()}, nanosophia, {config["optimizer"]}]
 ---
 # {Path(settings.out_dir).name}
 
-A GPT-2 model pre-trained with nanoSophia.
+A {family} model pre-trained with nanoSophia.
 
 | | |
 |---|---|

@@ -140,8 +140,10 @@ def settings_warnings(config: Config) -> list[str]:
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
-    """Groups parameters by kind: embeddings, matrices, and vectors, which do not decay."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    """Groups parameters by kind: embeddings and a head of its own, which have a row per token or
+    position, matrices, and vectors, which do not decay."""
+    embeddings = {id(m.weight) for name, m in model.named_modules()
+                  if isinstance(m, nn.Embedding) or name == "lm_head"}
     kinds: dict[str, list[Tensor]] = dict(embedding=[], matrix=[], vector=[])
     for p in model.parameters():
         if p.requires_grad:

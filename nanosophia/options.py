@@ -165,6 +165,11 @@ class Config(Settings, GPTOptions):
             raise ConfigError(f"n_embd = {self.n_embd} does not divide into n_head = "
                               f"{self.n_head} heads; choose n_embd a multiple of n_head",
                               "n_embd", "n_head")
+        if self.rotary_fraction and (self.rotary_channels < 2 or self.rotary_channels % 2):
+            raise ConfigError(f"rotary_fraction = {self.rotary_fraction} turns "
+                              f"{self.rotary_channels} of the {self.n_embd // self.n_head} "
+                              "channels of a head, which must be an even number above 0; choose "
+                              "another", "rotary_fraction", "n_embd", "n_head")
 
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError unless every one of `world_size` ranks gets a row of the batch."""

@@ -313,8 +313,8 @@ def _require_memory(config: Config) -> None:
 
     Parameters are made in host memory, also for a GPU.
     """
-    needed = 4 * config.n_embd * (config.vocab_size + config.block_size
-                                  + 12 * config.n_layer * config.n_embd)  # but for norms and biases
+    needed = 4 * config.n_embd * (config.vocab_size * (1 if config.tied_head else 2)
+                                  + 12 * config.n_layer * config.n_embd)  # and a little more
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise ConfigError(f"the model's parameters take {needed / 2**30:,.0f} GiB, this machine "

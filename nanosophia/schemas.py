@@ -120,7 +120,7 @@ class Progress(TypedDict):
     meta: NotRequired[Meta]
 
 
-class TransformersConfig(TypedDict):
+class TransformersGPT2(TypedDict):
     """config.json of transformers' GPT-2, of which other keys are checked where they are used."""
 
     __pydantic_config__ = _KEEP_OTHERS
@@ -133,6 +133,28 @@ class TransformersConfig(TypedDict):
     nanosophia_bias: NotRequired[bool]
     scale_attn_by_inverse_layer_idx: NotRequired[bool]
     activation_function: NotRequired[str]
+
+
+class TransformersNeoX(TypedDict):
+    """config.json of transformers' GPT-NeoX; the rotary settings moved with its version 5."""
+
+    __pydantic_config__ = _KEEP_OTHERS
+    model_type: Literal["gpt_neox"]
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_size: int
+    max_position_embeddings: int
+    vocab_size: int
+    nanosophia_bias: NotRequired[bool]
+    hidden_act: NotRequired[str]
+    use_parallel_residual: NotRequired[bool]
+    tie_word_embeddings: NotRequired[bool]
+    rotary_pct: NotRequired[float]
+    rope_parameters: NotRequired[dict[str, Value] | None]
+
+
+TransformersConfig = Annotated[TransformersGPT2 | TransformersNeoX,
+                               Field(discriminator="model_type")]
 
 
 class NanoGPTArgs(TypedDict):

@@ -1,4 +1,4 @@
-"""Weights of a run, of nanoGPT, of transformers' GPT-2 under this project's names, and back.
+"""Reads weights of a run, of nanoGPT, of transformers' GPT-2 and GPT-NeoX.
 
 Nothing in a file is executed. Does not depend on training.
 """
@@ -32,6 +32,7 @@ from nanosophia.schemas import (
     read,
 )
 from nanosophia.tokenizer import FILE_NAME, GPT2_CLASSES
+from nanosophia.transformers_models import our_settings, our_tensors
 
 
 class Weights(NamedTuple):
@@ -51,9 +52,10 @@ class Weights(NamedTuple):
     def load_into(self, model: GPT) -> GPT:
         """Loads these parameters into a model, whose context may be shorter, and returns it."""
         try:
-            wpe = self.tensors["transformer.wpe.weight"][:model.config.block_size]
-            model.load_state_dict(self.tensors | {"transformer.wpe.weight": wpe})
-        except (KeyError, RuntimeError) as error:
+            model.load_state_dict({
+                name: x[:model.config.block_size] if name == "transformer.wpe.weight" else x
+                for name, x in self.tensors.items()})
+        except RuntimeError as error:
             raise CheckpointError(f"the weights of {self.source} are not those of such a model: "
                                   f"{' '.join(str(error).split())}") from error
         return model
@@ -128,9 +130,9 @@ def _check_shapes(source: str, config: GPTConfig, shapes: dict[str, tuple[int, .
 
 
 def foreign_weights(source: str) -> Weights:
-    """Reads GPT-2 weights made elsewhere: a ckpt.pt of nanoGPT or of the authors' code
-    (github.com/Liuhong99/Sophia), another run's folder, a folder that transformers wrote, or a name
-    on its hub.
+    """Reads weights made elsewhere: a ckpt.pt of nanoGPT or of the authors' code
+    (github.com/Liuhong99/Sophia), another run's folder, a folder of GPT-2 or GPT-NeoX that
+    transformers wrote, or a name on its hub.
 
     Nothing in the files is executed. nanoGPT's models are assumed to have the exact GELU (its code
     since June 2023), the authors' the tanh one and the switch for inverse-layer scaling. Raises
@@ -178,12 +180,6 @@ def _nanogpt_weights(path: Path) -> Weights:
                    min(GPT2_CLASSES, config.vocab_size), {})
 
 
-# Both tanh ones are one function; the first is computed as model.py does, to the last bit.
-ACTIVATIONS = dict(gelu_pytorch_tanh="gelu_tanh", gelu_new="gelu_tanh", gelu="gelu")
-# transformers' Conv1D keeps these as (in, out).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
 def _transformers_weights(folder: Path) -> Weights:
     file = folder / "config.json"
     files = sorted(folder.glob("*.safetensors"))
@@ -194,24 +190,13 @@ def _transformers_weights(folder: Path) -> Weights:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {reason(error)}") from error
     except ValueError as error:
-        raise CheckpointError(f"{file} is not of transformers' GPT-2: {error}") from error
+        raise CheckpointError(f"{file} is not of transformers' GPT-2 or GPT-NeoX: {error}") \
+            from error
     if config is None:
         raise CheckpointError(
-            f"{folder} holds no GPT-2 in transformers' format (config.json of model_type gpt2 and "
-            "*.safetensors), and no checkpoint of this project; check the path")
-    width = config["n_embd"]
-    for key, supported in (("n_inner", (None, 4 * width)), ("layer_norm_epsilon", (1e-5,)),
-                           ("scale_attn_weights", (True,)), ("tie_word_embeddings", (True,)),
-                           ("activation_function", tuple(ACTIVATIONS))):
-        if (given := config.get(key, supported[0])) not in supported:
-            raise CheckpointError(f"{file}: {key} = {given!r} is not what model.py computes "
-                                  f"({supported[0]!r})")
-    ours = _model_config(str(file), dict(
-        n_layer=config["n_layer"], n_head=config["n_head"], n_embd=width,
-        block_size=config["n_positions"], vocab_size=config["vocab_size"],
-        bias=config.get("nanosophia_bias", True),
-        activation=ACTIVATIONS[config.get("activation_function", "gelu_new")],
-        scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False)))
+            f"{folder} holds no GPT-2 or GPT-NeoX in transformers' format (config.json of that "
+            "model_type and *.safetensors), and no checkpoint of this project; check the path")
+    ours = _model_config(str(file), our_settings(config, str(file)))
     found = {}
     try:
         for file in files:
@@ -219,14 +204,8 @@ def _transformers_weights(folder: Path) -> Weights:
             found |= load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    tensors = {}
-    for name, x in found.items():
-        name = "transformer." + name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")) or \
-                (name.endswith("bias") and not ours.bias):
-            continue  # causal masks; the head is tied to wte
-        tensors[name] = _numbers(str(folder), name, x.mT if name.endswith(TRANSPOSED)
-                                 and x.dim() == 2 else x)
+    tensors = {name: _numbers(str(folder), name, x)
+               for name, x in our_tensors(found, ours).items()}
     file = folder / FILE_NAME
     if config["vocab_size"] == GPT2_CLASSES or not file.exists():
         tokenizer = _gpt2_if_large(config["vocab_size"])
@@ -245,53 +224,6 @@ def _numbers(source: str, name: str, x: object) -> Tensor:
 def _gpt2_if_large(vocab_size: int) -> str:
     """Returns the tokenizer of a model that names none: not known where GPT-2's has more ids."""
     return "gpt2" if vocab_size >= GPT2_CLASSES else ""
-
-
-# GPTConfig's fields that transformers' GPT-2 can be told of.
-EXPORTED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
-            "activation", "scale_attn_by_inverse_layer_idx"}
-
-
-def check_exportable(config: GPTConfig, name: str) -> None:
-    """Raises CheckpointError when transformers' GPT-2 cannot compute the model called `name`."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name not in EXPORTED and value != f.default:
-            raise CheckpointError(f"{name} has {f.name} = {value!r}, which transformers' GPT-2 "
-                                  "cannot compute; the export would be another model")
-
-
-def to_transformers(weights: Weights) -> dict[str, Tensor]:
-    """Returns parameters under transformers' names, without padding, absent biases as zeros."""
-    found = {}
-    for name, x in weights.tensors.items():
-        if name == "transformer.wte.weight":
-            x = x[:weights.num_classes]
-        found[name] = (x.t() if name.endswith(TRANSPOSED) else x).contiguous()
-    width = weights.config.n_embd
-    sizes = dict(c_attn=3 * width, c_fc=4 * width)
-    for name in list(found):
-        bias = name.removesuffix("weight") + "bias"
-        if name.endswith("weight") and not name.endswith(("wte.weight", "wpe.weight")):
-            found.setdefault(bias, torch.zeros(sizes.get(name.split(".")[-2], width)))
-    return found
-
-
-def transformers_config(weights: Weights, eot: int) -> dict:
-    """Returns config.json of the model."""
-    config = weights.config
-    return dict(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", dtype="float32",
-        n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-        n_positions=config.block_size, n_ctx=config.block_size, n_inner=None,
-        vocab_size=weights.num_classes, layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-        activation_function=next(theirs for theirs, ours in ACTIVATIONS.items()
-                                 if ours == config.activation),
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
-        reorder_and_upcast_attn=False, attn_pdrop=config.dropout, embd_pdrop=config.dropout,
-        resid_pdrop=config.dropout, bos_token_id=eot, eos_token_id=eot,
-        nanosophia_bias=config.bias)
 
 
 def _download(name: str) -> Path:

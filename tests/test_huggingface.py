@@ -42,7 +42,7 @@ def ours(weights):
 
 @pytest.mark.parametrize("flags", [
     (), ("--bias", "--activation=gelu"), ("--scale_attn_by_inverse_layer_idx",)])
-def test_transformers_computes_the_same_logits(tiny, tmp_path, flags, capsys):
+def test_transformers_gpt2_computes_the_same_logits(tiny, tmp_path, flags, capsys):
     weights, folder = exported(tmp_path, tiny, *flags)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     idx = torch.randint(257, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -51,6 +51,84 @@ def test_transformers_computes_the_same_logits(tiny, tmp_path, flags, capsys):
         found = theirs(idx).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert theirs.config.vocab_size == 257
+
+
+NEOX = ("--rotary_fraction=0.25", "--parallel_residual", "--tied_head=False", "--bias",
+        "--activation=gelu")
+
+
+@pytest.mark.parametrize("flags", [
+    NEOX, ("--rotary_fraction=1",), (*NEOX[:1], "--tied_head=False"),
+    ("--rotary_fraction=0.5", "--parallel_residual", "--bias")])
+def test_transformers_gpt_neox_computes_the_same_logits(tiny, tmp_path, flags):
+    weights, folder = exported(tmp_path, tiny, *flags)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(theirs).__name__ == "GPTNeoXForCausalLM" and theirs.config.vocab_size == 257
+    idx = torch.randint(257, (3, 16), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = ours(weights)(idx)[..., :257]
+        torch.testing.assert_close(theirs(idx).logits, expected, rtol=0, atol=1e-5)
+    again = foreign_weights(str(folder))
+    assert again.config == replace(weights.config, vocab_size=257)
+    for name, x in weights.tensors.items():
+        torch.testing.assert_close(again.tensors[name], x[:len(again.tensors[name])])
+
+
+def neox_folder(tmp_path, **changes):
+    """A small GPT-NeoX that transformers itself wrote."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(**dict(
+        num_hidden_layers=3, num_attention_heads=4, hidden_size=32, intermediate_size=128,
+        max_position_embeddings=64, vocab_size=300, rope_parameters=dict(
+            rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.25)) | changes)
+    model = transformers.GPTNeoXForCausalLM(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.save_pretrained(tmp_path / "theirs")
+    huggingface._write_tokenizer(tmp_path / "theirs", "bytes", get_tokenizer("bytes"), 32)
+    return tmp_path / "theirs", model
+
+
+@pytest.mark.parametrize("changes", [{}, dict(use_parallel_residual=False, hidden_act="gelu_fast"),
+                                     dict(tie_word_embeddings=True)])
+def test_a_gpt_neox_of_transformers_is_imported_and_sampled_with_its_logits(tmp_path, changes):
+    folder, theirs = neox_folder(tmp_path, **changes)
+    huggingface.main([f"--import_from={folder}", f"--out_dir={tmp_path / 'x'}"])
+    model = ours(run_weights(tmp_path / "x"))
+    idx = torch.randint(256, (2, 40))
+    with torch.inference_mode():
+        expected = theirs(idx).logits
+        torch.testing.assert_close(model(idx), expected, rtol=1e-5, atol=1e-5)
+        greedy = theirs.generate(idx[:1, :5], max_new_tokens=30, do_sample=False,
+                                 pad_token_id=0, eos_token_id=None)
+    assert generate(model, idx[:1, :5], 30, temperature=0.0).tolist() == greedy.tolist()
+    sample.main([f"--out_dir={tmp_path / 'x'}", "--num_samples=1", "--max_new_tokens=5",
+                 "--start=a"])
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+     "rope_parameters: rope_type = 'linear' is not what model.py computes ('default')"),
+    (dict(rope_parameters=dict(rope_type="default", rope_theta=5e5)), "rope_theta = 500000.0"),
+    (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.4)),
+     "rotary_fraction = 0.4 turns 3 of the 8 channels"),
+    (dict(rope_parameters=None, rotary_pct=0.5, rotary_emb_base=1e6), "rope_theta = 1000000"),
+    (dict(attention_bias=False), "attention_bias = False"),
+    (dict(use_parallel_residual="yes"), "use_parallel_residual: Input should be a valid boolean"),
+    (dict(intermediate_size=100), "intermediate_size = 100"),
+    (dict(hidden_size=64, intermediate_size=256), "other weights than its settings say")])
+def test_a_gpt_neox_of_another_kind_is_refused_in_words(tmp_path, refused, spoil, words):
+    folder, _ = neox_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | spoil
+    (folder / "config.json").write_text(json.dumps(config))
+    line = refused(huggingface.main, [f"--import_from={folder}", f"--out_dir={tmp_path / 'x'}"])
+    assert words in line
+
+
+def test_gpt_2_with_parts_of_gpt_neox_is_not_exported(tiny, tmp_path, refused):
+    run_train(*tiny("--max_iters=2", "--parallel_residual"))
+    assert "parallel_residual = True, which transformers' GPT-2 cannot" in refused(
+        huggingface.main, [f"--out_dir={tmp_path / 'run'}", f"--export={tmp_path / 'hf'}"])
 
 
 def test_the_exported_tokenizer_and_text_are_the_runs(tiny, tmp_path):
@@ -304,7 +382,8 @@ def test_fine_tuning_starts_from_a_transformers_folder(gpt2_folder, tmp_path, ti
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (dict(model_type="llama"), "model_type: Input should be 'gpt2'"),
+    (dict(model_type="llama"), "'model_type' does not match any of the expected tags: 'gpt2', "
+                               "'gpt_neox'"),
     (dict(n_inner=7), "n_inner = 7 is not what"),
     (dict(activation_function="relu"), "activation_function = 'relu'"),
     (dict(layer_norm_epsilon=1e-3), "layer_norm_epsilon = 0.001"),
@@ -323,7 +402,7 @@ def test_an_empty_folder_is_refused_in_words(tmp_path, refused):
     (tmp_path / "empty").mkdir()
     line = refused(huggingface.main, [f"--import_from={tmp_path / 'empty'}",
                                       f"--out_dir={tmp_path / 'x'}"])
-    assert "holds no GPT-2 in transformers' format" in line
+    assert "holds no GPT-2 or GPT-NeoX in transformers' format" in line
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, cross_entropy
+from model import GPT, GPTConfig, cross_entropy, rotate
 from nanosophia.chunked_loss import chunked_cross_entropy
 from nanosophia.estimators import sample_labels_two_level
 from nanosophia.generate import LayerCache, generate, sample_token
+from nanosophia.optimizers import parameter_groups
+from nanosophia.options import Config
 from tests.conftest import Allocated
 
 
@@ -19,6 +21,7 @@ def in_chunks(chunk):
 
 
 SMALL = dict(n_layer=3, n_head=2, n_embd=32, block_size=24, vocab_size=70)
+NEOX = dict(rotary_fraction=0.5, parallel_residual=True, tied_head=False, bias=True)
 
 
 def with_transformers_weights(scaled: bool, activation: str):
@@ -141,8 +144,9 @@ def test_model_loss_and_the_drawing_of_labels_compile_into_one_graph(chunk):
         torch.testing.assert_close(torch.autograd.grad(found, list(model.parameters())), gradients)
 
 
-def test_a_token_never_sees_what_follows():
-    model = GPT(GPTConfig(**SMALL)).eval()
+@pytest.mark.parametrize("settings", [{}, NEOX])
+def test_a_token_never_sees_what_follows(settings):
+    model = GPT(GPTConfig(**SMALL, **settings)).eval()
     idx = torch.randint(70, (1, 24))
     changed = idx.clone()
     changed[0, 10:] = (changed[0, 10:] + 1) % 70
@@ -170,6 +174,29 @@ def test_head_is_tied_and_counted_once():
     assert model.num_params(non_embedding=False) == by_hand
     assert model.num_params() == by_hand - 24 * 32
     assert model.flops_per_token() == 6 * (by_hand - 24 * 32) + 12 * 3 * 32 * 24
+
+
+def test_a_head_of_its_own_is_a_row_per_class_and_an_embedding_costs_no_flops():
+    model = GPT(GPTConfig(**SMALL, **NEOX))
+    blocks = 3 * (12 * 32 * 32 + 9 * 32 + 4 * 32) + 2 * 32
+    assert model.num_params() == model.num_params(non_embedding=False) == 2 * 70 * 32 + blocks
+    assert model.flops_per_token() == 6 * (70 * 32 + blocks) + 12 * 3 * 32 * 24
+    embeddings, matrices, _ = parameter_groups(model, Config())
+    assert [p.shape for p in embeddings["params"]] == [(70, 32)] * 2
+    assert len(matrices["params"]) == 3 * 4
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_rotary_logits_depend_on_the_distance_of_positions_alone(low):
+    """The same query and key, at positions 3 and 11 and at 1003 and 1011."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 1, 8, dtype=torch.bfloat16 if low else torch.float32)
+    positions = torch.tensor([3, 11, 1003, 1011])
+    turned = rotate(x.expand(1, 2, 4, 8), positions, 4)
+    assert turned.dtype == x.dtype and torch.equal(turned[..., 4:], x[..., 4:].expand(1, 2, 4, 4))
+    near, far = (turned[0, 0, i].float() @ turned[0, 0, i + 1].float() for i in (0, 2))
+    torch.testing.assert_close(near, far, rtol=0.05 if low else 1e-4, atol=1e-3)
+    assert not torch.allclose(near, x.float().square().sum(), rtol=0.01)
 
 
 def test_dropout_acts_in_training_only():
@@ -220,7 +247,7 @@ def trained_like(seed=0, **settings):
 
 
 @pytest.mark.parametrize("settings", [
-    {}, dict(bias=True, activation="gelu"), dict(scale_attn_by_inverse_layer_idx=True)])
+    {}, dict(bias=True, activation="gelu"), dict(scale_attn_by_inverse_layer_idx=True), NEOX])
 def test_the_cache_gives_the_logits_of_the_full_pass(settings):
     model = trained_like(**settings).double()
     idx = torch.randint(64, (3, 24))

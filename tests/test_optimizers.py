@@ -10,6 +10,8 @@ import train
 from model import GPT, GPTConfig
 from nanosophia.baselines import AdaHessian, AdaHessianClip, Lion, Normalize, SophiaUnclipped
 from nanosophia.configurator import ConfigError, load, read_config_file
+from nanosophia.distributed import Ranks
+from nanosophia.estimators import row_range
 from nanosophia.optimizers import (
     build,
     check,
@@ -65,17 +67,21 @@ def test_a_shipped_config_states_nothing_that_it_would_have_anyway(path):
 @pytest.mark.parametrize("optimizer, lrs", [("adamw", (1.5e-4, 1.2e-4)),
                                             ("sophiag", (1.2e-4, 6e-5))])
 @pytest.mark.parametrize("size, shape, rows, parameters", [
-    ("1.5b", (1536, 24, 48), 512, 1.44e9), ("6.6b", (4096, 32, 32), 1024, 6.66e9)])
+    # The paper's names count one of the two tables of 50,304 x n_embd at 6.6B, both at 1.5B.
+    ("1.5b", (1536, 24, 48), 512, 1.51e9), ("6.6b", (4096, 32, 32), 1024, 6.86e9)])
 def test_neox_configs_are_the_papers_and_divide_over_gpus(size, shape, rows, parameters, optimizer,
                                                           lrs):
     config = shipped(f"train_neox_{size}_{optimizer}")
     assert (config.n_embd, config.n_head, config.n_layer) == shape
     assert (config.total_batch_size, config.block_size) == (rows, 2048)
     assert config.learning_rate == lrs[size == "6.6b"] and config.parallel == "fsdp"
+    assert (config.rotary_fraction, config.parallel_residual, config.tied_head, config.bias,
+            config.activation) == (0.25, True, False, True, "gelu")
+    assert config.hessian_batch_size == 240
     with torch.device("meta"):
         model = GPT(config.model)
     assert model.num_params(non_embedding=False) == pytest.approx(parameters, rel=0.01)
-    for ranks in (8, 16, 32, 64):
+    for ranks in (8, 10, 16, 32, 64, 128):
         config.check_world(ranks)
         check(config, ranks)
 
@@ -89,9 +95,11 @@ def test_gpt2_configs_are_table_2_and_divide_over_gpus(size, optimizer):
     with torch.device("meta"):
         model = GPT(config.model)
     assert model.num_params() == pytest.approx(parameters, rel=0.03)
-    for ranks in (1, 2, 4, 8):
+    for ranks in (1, 2, 4, 8, 10):
         config.check_world(ranks)
-        assert 480 % (ranks * config.batch_size) == 240 % (ranks * config.batch_size) == 0
+        check(config, ranks)
+        parts = Ranks(ranks - 1, ranks, torch.device("cpu")).micro_batches(480, config.batch_size)
+        assert len({part.stop - part.start for part in parts}) == 1  # one shape to compile
     assert (config.block_size, config.total_batch_size, config.grad_clip) == (1024, 480, 1.0)
     assert (config.max_iters, config.warmup_iters, config.min_lr_ratio) == (100_000, 2000, 0.05)
     assert not config.bias and not config.dropout and config.dataset == "openwebtext"
@@ -130,7 +138,7 @@ def test_the_other_optimizers_configs_differ_in_the_optimizer_alone(optimizer, s
     for key in ("beta1", "beta2", "eps", "weight_decay"):
         if (optimizer, key) != ("lion", "eps"):
             assert getattr(config, key) == getattr(given, key), key
-    for ranks in (1, 2, 4, 8):
+    for ranks in (1, 2, 4, 8, 10):
         config.check_world(ranks)
         check(config, ranks)
 
@@ -169,23 +177,36 @@ def test_matrices_decay_and_vectors_do_not_each_once():
     assert len(chosen) == len(list(model.parameters()))
 
 
-def test_labels_of_the_estimate_do_not_depend_on_the_split_over_ranks():
-    """Two ranks' parts with a summing reduction equal one rank's whole, to rounding."""
+@pytest.mark.parametrize("settings", [{}, dict(hessian_chunks=4), dict(optimizer="sophiah"),
+                                      dict(optimizer="ef_clip")])
+@pytest.mark.parametrize("world", [2, 3, 10])
+def test_the_estimate_does_not_depend_on_the_ranks(world, settings):
+    """Their parts, summed by the reduction, equal one rank's whole; some may have no rows."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=16)).double()
-    config = Config(hessian_batch_size=4, total_batch_size=4, batch_size=1, n_head=1, n_embd=8)
-    idx = torch.randint(16, (4, 4))
-    whole = build(config, model, num_classes=13).estimator.estimate(model, idx, idx, 0, 5)
-    sums = []  # what the first rank contributes, then both
+    config = Config(hessian_batch_size=8, total_batch_size=8, batch_size=3, n_head=1, n_embd=8,
+                    **settings)
+    idx = torch.randint(16, (8, 4))
 
-    def estimate(rows, reduce):
+    def estimate(rank, world, reduce):
         estimator = build(config, model, num_classes=13, all_reduce=reduce).estimator
-        return estimator.estimate(model, idx[rows], idx[rows], rows.start, 5)
+        chunks = Ranks(rank, world, torch.device("cpu")).chunks(8, config.hessian_chunks, 3)
+        rows = slice(*row_range(chunks))
+        return estimator.estimate(model.forward, idx[rows], idx[rows], chunks, 5)
 
-    estimate(slice(0, 2), lambda parts: sums.extend(p.clone() for p in parts))
-    both = estimate(slice(2, 4), lambda parts: torch._foreach_add_(parts, sums))
-    for a, b in zip(whole, both, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    sums = []  # what the ranks before have contributed
+
+    def collect(parts):
+        if sums:
+            torch._foreach_add_(sums, parts)
+        else:
+            sums.extend(part.clone() for part in parts)
+
+    for rank in range(world - 1):
+        estimate(rank, world, collect)
+    found = estimate(world - 1, world, lambda parts: torch._foreach_add_(parts, sums))
+    for a, b in zip(estimate(0, 1, None), found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-15)
 
 
 def test_another_optimizer_on_top_of_a_config_has_its_own_settings():

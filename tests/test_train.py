@@ -183,6 +183,10 @@ def test_evaluation_is_the_same_for_any_batch_size_and_disturbs_nothing(tiny, da
     assert torch.equal(state, torch.random.get_rng_state()) and run.model.training
 
 
+NEOX = ("--rotary_fraction=0.5", "--parallel_residual", "--tied_head=False",
+        "--activation_checkpointing")
+
+
 @pytest.mark.parametrize("ranks, extra", [
     (2, ("--dropout=0.1",)), (2, ("--hessian_chunks=2", "--gamma_target=0.9")), (4, ()),
     (2, ("--optimizer=sophiah", "--dropout=0.1")), (2, ("--optimizer=ef_clip",)),
@@ -195,7 +199,7 @@ def test_evaluation_is_the_same_for_any_batch_size_and_disturbs_nothing(tiny, da
     *((2, ("--parallel=fsdp", *more)) for more in (
         ("--dropout=0.1", "--eval_windows=5"), ("--gamma_target=0.9", "--gamma_rows=embedding"),
         ("--optimizer=adamw", "--activation_checkpointing"), ("--optimizer=lion",),
-        ("--optimizer=normalize",), ("--optimizer=ef_clip",)))])
+        ("--optimizer=normalize",), ("--optimizer=ef_clip",), NEOX))])
 def test_ranks_give_one_ranks_losses_and_curvature(tiny, tmp_path, ranks, extra):
     flags = ("--max_iters=12", "--dtype=float64", "--batch_size=1", *extra)
     run_train(*tiny(*flags, out_dir=tmp_path / "one"))

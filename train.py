@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import math
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -93,6 +94,7 @@ class Run:
     wrapped: nn.Module  # the model, averaging gradients over ranks
     optimizer: torch.optim.Optimizer
     estimator: Estimator | None
+    estimates: Callable[[int], bool]  # whether a step begins with a curvature estimate
     batches: Prefetcher
     micro_batches: list[slice]  # this rank's rows of a step
     chunks: list[list[slice]]  # and of an estimate
@@ -107,8 +109,12 @@ class Run:
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
 
-def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | None = None) -> Run:
-    """Builds model, optimizer and batches of a resolved config, initialised or from `weights`."""
+def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | None = None,
+              fresh_from: int = 0) -> Run:
+    """Builds model, optimizer and batches of a resolved config, initialised or from `weights`.
+
+    The optimizer begins without state at step `fresh_from`, whose batch gives a curvature estimate.
+    """
     torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     # By default MKL uses fewer threads on a busy machine, which changes rounding; setting the
     # number, even to its current value, disables that.
@@ -141,25 +147,31 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
 
     chunks = ranks.chunks(config.hessian_batch_size, config.hessian_chunks, config.batch_size)
 
+    def estimates(step: int) -> bool:
+        return estimator is not None and (step % config.hessian_interval == 0 or step == fresh_from)
+
     def row_ranges(step: int) -> list[tuple[int, int]]:
         ranges = [ranks.share(config.total_batch_size)]
-        if estimator is not None and step % config.hessian_interval == 0:
-            ranges.append(row_range(chunks))
-        return ranges
+        return [*ranges, row_range(chunks)] if estimates(step) else ranges
 
     batches = Prefetcher(
         TrainBatches(data.train, block_size=config.block_size, seed=config.seed,
                      total_batch_size=config.total_batch_size, sampling=config.sampling,
                      vocab_size=data.vocab_size), row_ranges, ranks.device)
-    return Run(config, ranks, model, wrapped, optimizer, estimator, batches,
+    return Run(config, ranks, model, wrapped, optimizer, estimator, estimates, batches,
                ranks.micro_batches(config.total_batch_size, config.batch_size), chunks,
                StepCounters(torch.zeros((), device=ranks.device)),
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
 
 
-def restore(run: Run, checkpoint: Checkpoint) -> int:
-    """Loads parameters, optimizer state and counters; returns the number of steps done."""
-    checkpoint.restore(run.model, run.optimizer)
+def restore(run: Run, checkpoint: Checkpoint, *, reset_optimizer: bool = False) -> int:
+    """Loads parameters, optimizer state and counters; returns the number of steps done.
+
+    With `reset_optimizer` the parameters alone.
+    """
+    checkpoint.restore(run.model, None if reset_optimizer else run.optimizer)
+    if reset_optimizer:
+        return checkpoint.state["step"]
     counters = checkpoint.state["tally"]
     run.counters.steps = counters["steps"]
     run.counters.clipped.fill_(counters["clipped"])
@@ -187,7 +199,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     config = run.config
     for group in run.optimizer.param_groups:
         group["lr"] = cosine_lr(config, step)
-    if run.estimator is not None and step % config.hessian_interval == 0:
+    if run.estimates(step):
         update_curvature(run, step)
     mean_loss = torch.zeros((), device=run.ranks.device)
     for part in run.micro_batches:
@@ -298,8 +310,10 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
             on_main(ranks, lock.take, LockError)
         start = resolve(config, sources, ranks)
         config, data = start.config, start.data
-        run = build_run(config, ranks, data, start.weights)
-        first_step = restore(run, start.checkpoint) if start.checkpoint else 0
+        step = start.checkpoint.state["step"] if start.resets_optimizer else 0
+        run = build_run(config, ranks, data, start.weights, fresh_from=step)
+        first_step = restore(run, start.checkpoint, reset_optimizer=start.resets_optimizer) \
+            if start.checkpoint else 0
         if not config.eval_only:
             on_main(ranks, lock.take, LockError)
         if ranks.is_main:

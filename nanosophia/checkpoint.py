@@ -91,17 +91,21 @@ class Checkpoint(NamedTuple):
         _read_shards(self.folder, found, no_dist=True)
         return found
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Loads parameters and optimizer state, whole or split as the model is now.
 
-        The optimizer keeps the hyperparameters it was built with. Raises CheckpointError when the
-        checkpoint is of another model or optimizer.
+        Without an optimizer the parameters alone. The optimizer keeps the hyperparameters it was
+        built with. Raises CheckpointError when the checkpoint is of another model or optimizer.
         """
         try:
             tensors = model.state_dict()
             if not any(map(is_sharded, tensors.values())):
                 model.load_state_dict(self.model_tensors())
-                restore_state(optimizer, self.optimizer_tensors())
+                if optimizer is not None:
+                    restore_state(optimizer, self.optimizer_tensors())
+                return
+            if optimizer is None:
+                _read_shards(self.folder, tensors, no_dist=False)
                 return
             params = [p for group in optimizer.param_groups for p in group["params"]]
             state = {name: zeros_like_shards(params[int(name.partition(".")[0])], m.size,

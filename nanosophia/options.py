@@ -50,6 +50,10 @@ class Config(Settings, GPTOptions):
                    "resume if there is one, else start anew; or weights that a new run starts "
                    "from: a ckpt.pt of nanoGPT or the authors, a GPT-2 folder of transformers or "
                    "a name on its hub")
+    reset_optimizer: bool = option(
+        False, "with init_from = another run's folder: go on from its newest step, with its data "
+               "order and schedule, but with a fresh optimizer, which may be another or have other "
+               "settings")
     seed: int = option(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
                        high=2**63 - 1)
     eval_interval: int = option(1000, "between evaluations (the last step is always one)",
@@ -165,6 +169,10 @@ class Config(Settings, GPTOptions):
             raise ConfigError(f"n_embd = {self.n_embd} does not divide into n_head = "
                               f"{self.n_head} heads; choose n_embd a multiple of n_head",
                               "n_embd", "n_head")
+        if self.reset_optimizer and (self.init_from in ("scratch", "resume") or self.eval_only):
+            raise ConfigError("reset_optimizer goes on from another run into a new out_dir; give "
+                              "--init_from=RUN, the folder of that run, and no eval_only",
+                              "reset_optimizer", "init_from")
         if self.rotary_fraction and (self.rotary_channels < 2 or self.rotary_channels % 2):
             raise ConfigError(f"rotary_fraction = {self.rotary_fraction} turns "
                               f"{self.rotary_channels} of the {self.n_embd // self.n_head} "

@@ -40,9 +40,9 @@ from nanosophia.weights import Weights, foreign_weights, saved_model_config
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.
 RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer"}
 # What belongs to the place of a run and is never taken from a checkpoint.
-LOCAL_KEYS = {"out_dir", "init_from", "device", "dtype", "parallel", "activation_checkpointing",
-              "loss_chunk", "compile", "compile_optimizer", "eval_only", "print_config", "dry_run",
-              "dry_run_gpu", "dry_run_mfu"}
+LOCAL_KEYS = {"out_dir", "init_from", "reset_optimizer", "device", "dtype", "parallel",
+              "activation_checkpointing", "loss_chunk", "compile", "compile_optimizer", "eval_only",
+              "print_config", "dry_run", "dry_run_gpu", "dry_run_mfu"}
 # Model settings that a user may override when starting from foreign weights.
 OVERRIDABLE_KEYS = {"activation", "dropout"}
 TOKENIZER_PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14 # 日本語 don't\t\t12345"
@@ -58,6 +58,7 @@ class Start:
     data: Dataset
     weights: Weights | None  # foreign weights to initialise from
     checkpoint: Checkpoint | None  # checkpoint to resume
+    resets_optimizer: bool  # of it, the parameters and the step alone
     notes: list[str]  # notes to print
 
 
@@ -131,9 +132,13 @@ def check_settings(config: Config, sources: dict[str, str],
 def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     """Returns what the run begins with; raises a UserError, on every rank, where parts disagree."""
     checkpoint = on_main(ranks, lambda: _find_checkpoint(config), ConfigError, CheckpointError)
-    config, notes = resolve_config(config, sources, checkpoint, ranks)
+    notes, resets = [], False
     if not checkpoint and config.init_from == "auto":
         config = original_init_from(config, notes)
+    if not checkpoint and config.reset_optimizer:
+        checkpoint, resets = on_main(ranks, lambda: _other_run(config), CheckpointError), True
+    config, more = resolve_config(config, sources, checkpoint, ranks, resets_optimizer=resets)
+    notes += more
     if not config.eval_only:
         check_settings(config, sources, checkpoint)
     notes += other_optimizers_settings(config, sources)
@@ -154,7 +159,7 @@ def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         notes.append("no sample is drawn from a sharded model at the end; use sample.py")
     if any(config.compiles(key, ranks.device.type) for key in ("compile", "compile_optimizer")):
         notes += _usable_compile_cache()
-    return Start(config, data, weights, checkpoint, [*notes, *filter(None, [data.note])])
+    return Start(config, data, weights, checkpoint, resets, [*notes, *filter(None, [data.note])])
 
 
 def _usable_compile_cache() -> list[str]:
@@ -190,16 +195,32 @@ def _find_checkpoint(config: Config) -> Checkpoint | None:
     return found
 
 
+def _other_run(config: Config) -> Checkpoint:
+    """Returns the newest checkpoint of the run that reset_optimizer goes on from."""
+    found = load_latest(Path(config.init_from), quarantine=False)
+    if found is None:
+        raise CheckpointError(f"init_from = {config.init_from} holds no checkpoint of a run, which "
+                              "reset_optimizer goes on from; give a run's folder")
+    return found
+
+
 def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoint | None,
-                   ranks: Ranks) -> tuple[Config, list[str]]:
+                   ranks: Ranks, *, resets_optimizer: bool = False) -> tuple[Config, list[str]]:
     """Takes from the checkpoint what was not given, and resolves dtype; returns notes as well.
 
-    Raises CheckpointError where a given key contradicts the checkpoint and must not.
+    With `resets_optimizer` the optimizer may be another, with settings of its own. Raises
+    CheckpointError where a given key contradicts the checkpoint and must not.
     """
     values, notes, saved = {}, [], {}
     if checkpoint:
         saved = checkpoint.state["config"] | asdict(saved_model_config(checkpoint))
-    for key in saved.keys() & asdict(config).keys() - LOCAL_KEYS:
+    another = resets_optimizer and "optimizer" in sources and \
+        config.optimizer != saved["optimizer"]
+    if another:
+        notes.append(f"optimizer was {saved['optimizer']!r} until step "
+                     f"{checkpoint.state['step']} and is {config.optimizer!r} from now on")
+    own = OPTIMIZER_KEYS | {"optimizer"} if another else set()
+    for key in saved.keys() & asdict(config).keys() - LOCAL_KEYS - own:
         given = getattr(config, key)
         is_derived = key == "vocab_size" and given == 0
         if key not in sources or is_derived:

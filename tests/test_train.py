@@ -117,7 +117,7 @@ def test_the_estimate_leaves_the_training_gradients_as_they_are(tiny, data_dir):
     for estimating in (True, False):
         run = build(tiny("--dropout=0.3"), data_dir)
         if not estimating:
-            run.estimator = None
+            run.estimates = lambda step: False
         run.optimizer.zero_grad = lambda set_to_none: None
         train.train_step(run, 0)
         grads.append([p.grad.clone() for p in run.model.parameters()])
@@ -154,10 +154,10 @@ def test_the_estimate_reads_the_first_rows_of_the_same_batch(tiny, data_dir):
     run.estimator = run.estimator._replace(
         estimate=lambda *args: given.append(args[1:]) or original(*args))
     train.train_step(run, 0)
-    idx, targets, first_row, _ = given[0]
+    idx, targets, chunks, _ = given[0]
     expected = run.batches.rows(0, 0, 4)
     assert torch.equal(idx, expected[:, :-1]) and torch.equal(targets, expected[:, 1:])
-    assert first_row == 0
+    assert chunks == [[slice(0, 2), slice(2, 4)]]
 
 
 def test_accumulation_does_not_change_the_step(tiny, data_dir):
@@ -502,6 +502,43 @@ def test_a_resumed_run_may_take_micro_batches_that_divide_its_own_batch(tiny, tm
                 "--max_iters=3", "--device=cpu",
                 f"--dataset={load_latest(tmp_path / 'run').state['config']['dataset']}"])
     assert load_latest(tmp_path / "run").state["step"] == 3
+
+
+def test_a_run_goes_on_with_another_optimizer(tiny, tmp_path, capsys, refused):
+    """Weights, step, data order and schedule go on; the state is as new, and curvature is
+    estimated at once."""
+    run_train(*tiny("--optimizer=adamw", "--max_iters=24", "--weight_decay=0.3", "--seed=5"))
+    shutil.rmtree(tmp_path / "run" / "step_00000024")
+    fork = ("--optimizer=sophiag", "--reset_optimizer", f"--init_from={tmp_path / 'run'}",
+            "--max_iters=24")
+    trunk = load_latest(tmp_path / "run")
+    first = trunk.state["step"]
+    assert first % 10, "a step with no estimate of its own"
+    config, sources = resume.load_config(tiny(*fork, out_dir=tmp_path / "fork"))
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    start = resume.resolve(config, sources, ranks)
+    run = train.build_run(start.config, ranks, start.data, fresh_from=first)
+    assert train.restore(run, start.checkpoint, reset_optimizer=True) == first
+    assert (start.config.optimizer, start.config.seed, start.config.beta1,
+            start.config.weight_decay) == ("sophiag", 5, 0.96, 0.2)  # its own, not AdamW's
+    loss, _ = train.train_step(run, first)
+    assert all(run.optimizer.state[p]["hessian"].any() for p in run.optimizer.parameters())
+    capsys.readouterr()
+    run_train(*tiny(*fork, out_dir=tmp_path / "fork"))
+    assert "note: optimizer was 'adamw' until step 21 and is 'sophiag' from now on" in \
+        capsys.readouterr().out
+    trunk_losses, losses = ({r["step"]: r["train/loss"] for r in records(tmp_path / name)}
+                            for name in ("run", "fork"))
+    assert losses[first] == trunk_losses[first] == pytest.approx(loss.item())
+    assert min(losses) == first and max(losses) == 23
+    assert load_latest(tmp_path / "fork").state["step"] == 24
+    resumed = load_latest(tmp_path / "fork").state["config"]
+    assert resumed["learning_rate"] == 1e-2  # the schedule's peak was not given for the fork
+    line = refused(train.main, tiny("--reset_optimizer"))
+    assert "give --init_from=RUN" in line
+    line = refused(train.main, tiny("--reset_optimizer", f"--init_from={tmp_path}",
+                                    out_dir=tmp_path / "another"))
+    assert "holds no checkpoint of a run" in line
 
 
 def test_what_was_refused_is_still_counted_after_a_resume(tiny, tmp_path, monkeypatch):

@@ -7,9 +7,11 @@
     6a  share of steps whose gradient norm was clipped
     6b  largest stable learning rate with and without inverse-layer scaling, at GPT-2 medium's depth
     6c  final loss over gamma and beta2
-    7a  losses against compute for k = 1, 10, 100
+    7a  losses against compute for k = 1, 10, 100 and AdamW, for three lengths of run
     7b  estimators: GNB, Hutchinson, empirical Fisher, AdaHessian's, each with clipping
-    7c  clipping: sign momentum, normalized momentum, GNB without clipping, Sophia-G
+    7c  clipping: sign momentum, normalized momentum, GNB without clipping, AdaHessian, AdamW
+
+6b, 7a and 7c find the rate of each run by a ladder, 7b gamma by a grid.
 
 Every run is a config of this repository with the settings that the figure changes. The preset
 `small` replaces the model of each by a byte-level one of the quickstart's size and trains it for
@@ -21,13 +23,15 @@ paper's sizes give. Finished runs are not repeated. The results in --out_dir are
 if __name__ == "__main__":
     import nanosophia.startup  # noqa: F401
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.gamma import sweep_lr
+from experiments.gamma import RateSweep, sweep_lr
 from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec, by_name, scaled_flags
 from nanosophia.command import command
@@ -98,31 +102,32 @@ def run_labelled(settings: FigureSettings, specs: dict[Any, RunSpec]) -> dict[An
     return {label: results[spec.name] for label, spec in specs.items()}
 
 
-def loss_curves(settings: FigureSettings, specs: dict[str, RunSpec], *,
-                x: Literal["training steps", "FLOPs"] = "training steps",
-                columns: dict[str, Callable[[Result], str]] | None = None) -> Figure:
-    """Makes the runs; returns a figure of validation losses over steps or FLOPs.
-
-    `columns` are more columns of the table, by their headings.
-    """
-    results = run_labelled(settings, specs)
-    columns = columns or {}
+def loss_curves(results: dict[str, Result],
+                columns: dict[str, Callable[[Result], str]]) -> Figure:
+    """Returns a figure of validation losses over steps; `columns` are more columns of the table."""
     rows = [[label, f"{r.loss:.4f}", f"{r.flops:.3g}", *(text(r) for text in columns.values())]
             for label, r in results.items()]
 
     def draw(axes) -> None:
         for i, (label, r) in enumerate(results.items()):
-            scale = r.flops / max(1, r.steps) if x == "FLOPs" else 1
-            axes.plot([step * scale for step, _ in r.points], [loss for _, loss in r.points],
-                      color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i % len(STYLES)],
-                      marker="o", markersize=3, label=label)
+            axes.plot(*zip(*r.points, strict=True), color=COLOURS[i % len(COLOURS)],
+                      linestyle=STYLES[i % len(STYLES)], marker="o", markersize=3, label=label)
         first = [r.points[0][1] for r in results.values() if r.points and not r.diverged]
         if first:  # a run that rises above its first loss would hide the others
             axes.set_ylim(top=1.02 * max(first))
-        axes.set_xlabel(x)
+        axes.set_xlabel("training steps")
         axes.set_ylabel("validation loss, nats per token")
 
     return Figure(["run", "final validation loss", "FLOPs", *columns], rows, draw)
+
+
+def share(key: str, after: float = 0.0) -> Callable[[Result], str]:
+    """Returns what prints the mean of a share over a run, or its part after a fraction of it."""
+    def text(result: Result) -> str:
+        value = result.mean(key, after)
+        return "" if math.isnan(value) else f"{value:.1%}"
+
+    return text
 
 
 def figure_4(settings: FigureSettings) -> Figure:
@@ -155,12 +160,12 @@ def figure_4(settings: FigureSettings) -> Figure:
 
 
 def figure_6a(settings: FigureSettings) -> Figure:
-    """Returns how often the gradient norm is clipped."""
+    """Returns how often the gradient norm is clipped, at GPT-2 small's size."""
     names = ("adamw", "lion", "sophiah", "sophiag")
-    specs = {name: run_spec(settings, f"6a_{name}", f"train_gpt2_30m_{name}") for name in names}
-    figure = loss_curves(settings, specs, columns={
-        "clipped steps": lambda r: f"{r.mean('norm_clip_rate'):.1%}",
-        "after a tenth": lambda r: f"{r.mean('norm_clip_rate', 0.1):.1%}"})
+    size = "30m" if settings.preset == "small" else "small"
+    specs = {name: run_spec(settings, f"6a_{name}", f"train_gpt2_{size}_{name}") for name in names}
+    figure = loss_curves(run_labelled(settings, specs), {
+        "clipped steps": share("norm_clip_rate"), "after a tenth": share("norm_clip_rate", 0.1)})
 
     def draw(axes) -> None:
         shares = [float(row[-2].rstrip("%")) for row in figure.rows]
@@ -205,9 +210,9 @@ def figure_6b(settings: FigureSettings) -> Figure:
 
 
 def figure_6c(settings: FigureSettings) -> Figure:
-    """Returns the final losses over gamma and beta2."""
-    gammas, betas = (0.25, 1, 4), (0.95, 0.99, 0.995)
-    specs = {(g, b): run_spec(settings, f"6c_gamma{g:g}_beta{b:g}", "train_gpt2_30m_sophiag",
+    """Returns Sophia-H's final losses over gamma, around the paper's .01, and beta2."""
+    gammas, betas = (0.5, 1, 2), (0.95, 0.99, 0.995)
+    specs = {(g, b): run_spec(settings, f"6c_gamma{g:g}_beta{b:g}", "train_gpt2_30m_sophiah",
                           gamma_times=g, beta2=b) for g in gammas for b in betas}
     results = run_labelled(settings, specs)
     grid = [[results[g, b] for b in betas] for g in gammas]
@@ -230,28 +235,85 @@ def figure_6c(settings: FigureSettings) -> Figure:
     return Figure(["gamma", *(f"beta2 {b:g}: loss (unclipped)" for b in betas)], rows, draw)
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A run at the best rate of its ladder, and what the ladder showed."""
+
+    result: Result
+    sweep: RateSweep
+
+
+def tuned(settings: FigureSettings, runs: dict[Any, tuple[str, str, dict]]) -> dict[Any, Tuned]:
+    """Makes ladders of rates for runs, each (name, config, changes); returns the best of each."""
+    def spec(rate: float, name: str, file: str, changes: dict) -> RunSpec:
+        return run_spec(settings, f"{name}_lr{rate:.3g}", file, learning_rate=rate, **changes)
+
+    ladders = {}
+    for key, (name, file, changes) in runs.items():
+        start = run_spec(settings, "", file, **changes).config().learning_rate
+        ladders[key] = (partial(spec, name=name, file=file, changes=changes), start)
+    sweeps = sweep_lr(settings, ladders, bracket_below=True)
+    best = run_labelled(settings, {key: ladders[key][0](sweep.best)
+                                   for key, sweep in sweeps.items()})
+    return {key: Tuned(result, sweeps[key]) for key, result in best.items()}
+
+
 def figure_7a(settings: FigureSettings) -> Figure:
-    """Returns the losses against compute for several k."""
-    files = {"k = 1": "ablation_k1", "k = 10": "train_gpt2_30m_sophiag", "k = 100": "ablation_k100"}
-    return loss_curves(settings, {label: run_spec(settings, f"7_{file}", file)
-                                  for label, file in files.items()}, x="FLOPs")
+    """Returns the final losses against compute of runs of three lengths, the rate tuned at each."""
+    files = {"AdamW": "train_gpt2_30m_adamw", "k = 1": "ablation_k1",
+             "k = 10": "train_gpt2_30m_sophiag", "k = 100": "ablation_k100"}
+    lengths = (100, 200, 400) if settings.preset == "small" else (100_000, 200_000, 400_000)
+    if settings.max_iters:
+        lengths = tuple(settings.max_iters * n for n in (1, 2, 4))
+    # Each run keeps its own length and the paper's warm-up, or the preset's.
+    same = replace(settings, max_iters=0)
+    found = tuned(same, {(label, T): (f"7a_{file}_T{T}", file, dict(max_iters=T))
+                         for label, file in files.items() for T in lengths})
+    rows = [[label, f"{T:,}", f"{t.sweep.best:.3g}", f"{t.result.loss:.4f}",
+             f"{t.result.flops:.3g}"] for (label, T), t in found.items()]
+
+    def draw(axes) -> None:
+        for i, label in enumerate(files):
+            points = [(found[label, T].result.flops, found[label, T].result.loss) for T in lengths]
+            axes.semilogx(*zip(*points, strict=True), color=COLOURS[i], linestyle=STYLES[i],
+                          marker="o", label=label)
+        axes.set_xlabel("FLOPs of the whole run")
+        axes.set_ylabel("final validation loss, nats per token")
+
+    return Figure(["run", "steps", "best rate", "final validation loss", "FLOPs"], rows, draw)
 
 
 def figure_7b(settings: FigureSettings) -> Figure:
-    """Returns the losses with each estimator."""
+    """Returns the losses with each estimator under the clip, at its best gamma of a grid."""
     files = {"Sophia-G (GNB)": "train_gpt2_30m_sophiag",
              "Sophia-H (Hutchinson)": "train_gpt2_30m_sophiah", "E-F + clip": "ablation_ef_clip",
-             "AH + clip": "ablation_ah_clip", "AdaHessian": "ablation_adahessian"}
-    return loss_curves(settings, {label: run_spec(settings, f"7_{file}", file)
-                                  for label, file in files.items()})
+             "AH + clip": "ablation_ah_clip"}
+    grid = run_labelled(settings, {
+        (label, g): run_spec(settings, f"7b_{file}_gamma{g:g}", file, gamma_times=g)
+        for label, file in files.items() for g in (0.05, 0.2, 1, 5, 20)})
+    best = {label: min((r for (name, _), r in grid.items() if name == label), key=lambda r: r.loss)
+            for label in files}
+    return loss_curves(best, {"best gamma": lambda r: f"{r.config.gamma:g}",
+                              "unclipped": share("unclipped_fraction", 0.5)})
 
 
 def figure_7c(settings: FigureSettings) -> Figure:
-    """Returns the losses with and without each kind of clipping."""
-    files = {"Sophia-G": "train_gpt2_30m_sophiag", "Clip (sign momentum)": "ablation_clip",
-             "Normalize": "ablation_normalize", "GNB, no clip, k = 2": "ablation_gnb_unclipped"}
-    return loss_curves(settings, {label: run_spec(settings, f"7_{file}", file)
-                                  for label, file in files.items()})
+    """Returns the losses with and without each kind of clipping, each at its best rate."""
+    adahessian, unclipped = "ablation_adahessian", "ablation_gnb_unclipped"
+    runs = {"Sophia-G": ("train_gpt2_30m_sophiag", {}), "AdamW": ("train_gpt2_30m_adamw", {}),
+            "Clip (sign momentum)": ("ablation_clip", {}), "Normalize": ("ablation_normalize", {}),
+            **{f"GNB without clip, k = {k}": (unclipped, dict(hessian_interval=k))
+               for k in (2, 5)},
+            **{f"AdaHessian, k = {k}": (adahessian, dict(hessian_interval=k))
+               for k in ((1, 2, 10) if settings.preset == "small" else (1, 2))}}
+    found = tuned(settings, {
+        label: (f"7c_{file}" + "".join(f"_k{k}" for k in changes.values()), file, changes)
+        for label, (file, changes) in runs.items()})
+    sweeps = {t.result.name: t.sweep for t in found.values()}
+    return loss_curves({label: t.result for label, t in found.items()}, {
+        "best rate": lambda r: f"{sweeps[r.name].best:.3g}",
+        "blew up at": lambda r: f"{sweeps[r.name].blew_up_at or math.nan:.3g}",
+        "curvature decides": share("curvature_fraction", 0.5)})
 
 
 FIGURES = {"4": figure_4, "6a": figure_6a, "6b": figure_6b, "6c": figure_6c, "7a": figure_7a,

@@ -229,7 +229,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "muon": OptimizerSpec(_muon, None, _ADAMW, fsdp_refusal="it orthogonalises whole matrices"),
     "adahessian": OptimizerSpec(
         _adahessian, hutchinson_estimator,
-        dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32),
+        dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32, hessian_interval=1),
         fsdp_refusal=_SECOND_DERIVATIVES),
     "sophiag": OptimizerSpec(_sophia(Sophia), gnb_estimator, is_sophia=True),
     "sophiah": OptimizerSpec(_sophia(Sophia), hutchinson_estimator, _HUTCHINSON, is_sophia=True,
@@ -241,5 +241,5 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "ah_clip": OptimizerSpec(_sophia(AdaHessianClip), hutchinson_estimator, _HUTCHINSON,
                              fsdp_refusal=_SECOND_DERIVATIVES),
     "gnb_unclipped": OptimizerSpec(_sophia(SophiaUnclipped), gnb_estimator,
-                                   dict(gamma=1.0, eps=1e-2, hessian_interval=2)),
+                                   dict(gamma=1.0, eps=1e-6, hessian_interval=2)),
 }

@@ -439,7 +439,8 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
             result = Recorded(spec.name, tmp_path, False)
             object.__setattr__(result, "config", config)
             object.__setattr__(result, "records", [
-                {"step": i, "train/loss": 4 / (i + 1), "val/loss": 4 / (i + 1),
+                {"step": i, "train/loss": 4 / (i + 1),
+                 "val/loss": (4 + abs(math.log(config.learning_rate / 2e-3))) / (i + 1),
                  "norm_clip_rate": 0.5, "unclipped_fraction": 0.2} for i in range(3)])
             found.append(result)
         return found
@@ -451,9 +452,25 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
     assert tokens == ({480 * 1024} if preset == "paper" else {32 * 64})
     assert (tmp_path / f"{preset}_{figure}.svg").exists()
     lines = capsys.readouterr().out.count("\n| ") - 1  # without the heading
-    assert lines == {"6b": 6, "6c": 3}.get(figure, len(seen))
+    small = preset == "small"
+    assert lines == {"6b": 6, "6c": 3, "7a": 12, "7b": 4, "7c": 8 + small}.get(figure, len(seen))
+    kinds = {(c.optimizer, c.hessian_interval) for c in seen.values()}
+    if figure == "6a":
+        assert small or {c.n_embd for c in seen.values()} == {768}
+    if figure == "6c":
+        assert {c.optimizer for c in seen.values()} == {"sophiah"}
+        assert {c.gamma for c in seen.values()} == ({0.2, 0.4, 0.8} if small else {.005, .01, .02})
     if figure == "7a":
-        assert {c.hessian_interval for c in seen.values()} == {1, 10, 100}
+        assert kinds == {("sophiag", 1), ("sophiag", 10), ("sophiag", 100), ("adamw", 10)}
+        lengths = (100, 200, 400) if small else (100_000, 200_000, 400_000)
+        assert {(c.max_iters, c.warmup_iters) for c in seen.values()} == {
+            (T, 20 if small else 2000) for T in lengths}
+    if figure == "7b":
+        assert {o for o, _ in kinds} == {"sophiag", "sophiah", "ef_clip", "ah_clip"}
+        assert len({c.gamma for c in seen.values() if c.optimizer == "ah_clip"}) == 5
+    if figure == "7c":
+        assert kinds >= {("adahessian", 1), ("adahessian", 2), ("gnb_unclipped", 2),
+                         ("gnb_unclipped", 5), ("adamw", 10), ("normalize", 10), ("clip", 10)}
 
 
 def test_the_study_keeps_models_and_batches_apart(tmp_path, monkeypatch):

@@ -164,13 +164,10 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
 
 
-def restore(run: Run, checkpoint: Checkpoint, *, reset_optimizer: bool = False) -> int:
-    """Loads parameters, optimizer state and counters; returns the number of steps done.
-
-    With `reset_optimizer` the parameters alone.
-    """
-    checkpoint.restore(run.model, None if reset_optimizer else run.optimizer)
-    if reset_optimizer:
+def restore(run: Run, checkpoint: Checkpoint, *, weights_only: bool = False) -> int:
+    """Loads parameters, optimizer state and counters; returns the number of steps done."""
+    checkpoint.restore(run.model, None if weights_only else run.optimizer)
+    if weights_only:
         return checkpoint.state["step"]
     counters = checkpoint.state["tally"]
     run.counters.steps = counters["steps"]
@@ -312,8 +309,8 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
         config, data = start.config, start.data
         step = start.checkpoint.state["step"] if start.resets_optimizer else 0
         run = build_run(config, ranks, data, start.weights, fresh_from=step)
-        first_step = restore(run, start.checkpoint, reset_optimizer=start.resets_optimizer) \
-            if start.checkpoint else 0
+        first_step = restore(run, start.checkpoint, weights_only=start.resets_optimizer
+                             or config.eval_only) if start.checkpoint else 0
         if not config.eval_only:
             on_main(ranks, lock.take, LockError)
         if ranks.is_main:

@@ -36,7 +36,7 @@ from nanosophia.distributed import (
     to_local,
     zeros_like_shards,
 )
-from nanosophia.files import fsync, open_file, reason, remove, write_text
+from nanosophia.files import fsync, open_file, read_bytes, reason, remove, write_text
 from nanosophia.schemas import Manifest, State, read
 from nanosophia.tokenizer import resolve_tokenizer
 
@@ -238,6 +238,22 @@ def checkpoint_folders(out_dir: Path, *, quarantined: bool = False) -> list[Path
              and (not match[2] or (quarantined and match[1] not in names))}
     order = sorted(found, key=lambda name: int(found[name][1].removeprefix("step_")), reverse=True)
     return [out_dir / name for name in order]
+
+
+def load_best(out_dir: Path) -> Checkpoint:
+    """Returns the checkpoint with the lowest validation loss that was kept.
+
+    Raises CheckpointError where it is damaged, or none is known as the best.
+    """
+    try:
+        name = read_bytes(out_dir / "best").decode(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{out_dir} names no best checkpoint ({reason(error)}); leave "
+                              "--checkpoint=newest") from error
+    if out_dir / name not in checkpoint_folders(out_dir):
+        raise CheckpointError(f"{out_dir / 'best'} names no checkpoint that is there; leave "
+                              "--checkpoint=newest")
+    return open_checkpoint(out_dir / name)
 
 
 def load_latest(out_dir: Path, *, quarantine: bool = False) -> Checkpoint | None:

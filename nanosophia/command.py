@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Unable to alloca
 def command(*, cleanup: Callable[[], None] | None = None) -> Callable:
     """Decorates a command's main(argv), so that all commands end alike; always calls `cleanup`.
 
-    A UserError is printed as one line, with the rank where there are several. Ctrl-C exits with
+    A UserError is printed as one line, with the rank where it is not the first. Ctrl-C exits with
     130, a lack of memory with 1, a file that cannot be read or written with 2, and a reader of the
     output that has gone, such as head, ends it as SIGPIPE does. A traceback is left to what no user
     can cause.
@@ -46,6 +47,9 @@ def _ending(error: BaseException) -> tuple[int, str, str]:
     """Returns exit code, prefix and line of an error; raises it again where it is not a user's."""
     words = " ".join(str(error).split())
     if isinstance(error, UserError):
+        if error.everywhere and os.environ.get("LOCAL_RANK", "0").strip("0"):
+            time.sleep(2)  # torchrun kills all ranks when one ends, also the one that prints
+            return error.exit_code, "", ""
         return error.exit_code, error.prefix, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "", "interrupted"

@@ -20,11 +20,13 @@ from typing import Any, Literal, get_args, get_origin
 class UserError(ValueError):
     """A mistake that the user can mend: the message says what, which value, where, what to do.
 
-    A command prints it as one line and ends with `exit_code`.
+    A command prints it as one line and ends with `exit_code`. Where `everywhere` is set, all ranks
+    raise it alike, and one of each machine prints it.
     """
 
     exit_code = 2
     prefix = "error: "
+    everywhere = False
 
 
 class Stopped(UserError):
@@ -39,6 +41,8 @@ class Stopped(UserError):
 
 class ConfigError(UserError):
     """A mistake in the settings; `keys` names the options concerned."""
+
+    everywhere = True
 
     def __init__(self, message: str, *keys: str):
         super().__init__(message)

@@ -296,6 +296,7 @@ def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception]
         value, raised_there = message[0]
         if raised_there and error is None:
             error = raised_there[0](raised_there[1])
+            error.everywhere = True
     if error is not None:
         raise error
     return value

@@ -28,11 +28,12 @@ from nanosophia.optimizers import build, check, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
 from nanosophia.tokenizer import GPT2_CLASSES
 
-GPUS = (1, 8, 64, 256)
+GPUS = (1, 8, 10, 64, 256)  # 10: the paper's machines of A5000s
 GIB = 2**30
 # Tokens of training data where it is not prepared here: nanoGPT's README; Biderman et al. 2023,
 # arXiv:2304.01373, section 2.1.
 PUBLISHED_TOKENS = {"openwebtext": 9_035_582_198, "pile": 300_000_000_000}
+PUBLISHED_CLASSES = {"openwebtext": GPT2_CLASSES, "pile": 50277}  # GPT-NeoX's tokenizer
 
 
 class Plan(NamedTuple):
@@ -46,6 +47,8 @@ class Plan(NamedTuple):
     estimate_share: float  # of the training FLOPs, that estimates add
     estimates: bool
     data_tokens: int | None
+    num_classes: int
+    is_prepared: bool
 
 
 class Memory(NamedTuple):
@@ -60,10 +63,11 @@ class Memory(NamedTuple):
 
 def plan(config: Config) -> Plan:
     """Returns the counts of a config; nothing is allocated and no data is needed."""
-    tokens, vocab_size = PUBLISHED_TOKENS.get(config.dataset), GPT2_CLASSES
+    tokens = PUBLISHED_TOKENS.get(config.dataset)
+    vocab_size, is_prepared = PUBLISHED_CLASSES.get(config.dataset, GPT2_CLASSES), False
     try:
         data = open_dataset(config.dataset, config.block_size, config.bare_tokens)
-        tokens, vocab_size = len(data.train), data.vocab_size
+        tokens, vocab_size, is_prepared = len(data.train), data.vocab_size, True
     except DataError:
         pass
     config = replace(config, compile_optimizer="off", vocab_size=config.vocab_size or
@@ -83,7 +87,8 @@ def plan(config: Config) -> Plan:
     share = passes * config.hessian_batch_size / config.total_batch_size / config.hessian_interval
     return Plan(config, model.num_params(non_embedding=False),
                 sum(p.numel() for p in model.transformer.h[0].parameters()), state,
-                model.flops_per_token(), share, estimator is not None, tokens)
+                model.flops_per_token(), share, estimator is not None, tokens, vocab_size,
+                is_prepared)
 
 
 def rows_per_rank(config: Config, gpus: int) -> int:
@@ -151,6 +156,10 @@ def report(config: Config) -> str:
             f"{p.data_tokens:,} tokens, {p.data_tokens // c.tokens_per_step:,} steps per epoch"
             if p.data_tokens else "not prepared, so the steps of an epoch are not known"),
     ]
+    if not p.is_prepared and not config.vocab_size:
+        known = "that it has when prepared" if c.dataset in PUBLISHED_CLASSES else \
+            "of GPT-2, a guess: give --vocab_size, or prepare it first"
+        lines.append(f"        not prepared here: taken for the {p.num_classes:,} classes {known}")
     if p.estimates:
         lines.append(f"estimates add {p.estimate_share:.1%} to the FLOPs")
     lines += ["", f"GiB per rank under --parallel={c.parallel}, and days on {c.dry_run_gpu}s at "

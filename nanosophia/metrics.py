@@ -7,6 +7,7 @@ that fails warns once and never stops training.
 import contextlib
 import json
 import math
+import re
 import sys
 import time
 import uuid
@@ -21,13 +22,17 @@ from nanosophia.distributed import full_tensor, sum_over_ranks
 from nanosophia.files import append_text, read_bytes, write_text
 from nanosophia.schemas import Record, parse
 
-# Dense bf16 peak in FLOP/s by a part of torch's device name; NVIDIA's data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Peak in FLOP/s by a part of torch's device name, from NVIDIA's data sheets: products of bfloat16
+# (V100 and T4, which have none: float16) without sparsity, summed in float32.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "A6000": 154.8e12, "A5000": 111.1e12, "A10": 125e12, "L4": 121e12,
+              "RTX 4090": 165.2e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Returns the dense bf16 peak of the named device, or None when it is not in the table."""
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in device_name), None)
+    """Returns the peak of the named device, or None when it is not in the table."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(
+        rf"\b{name}\b(?! (Ti|SUPER|D|Laptop))", device_name)), None)
 
 
 class Clock:

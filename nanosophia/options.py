@@ -62,6 +62,8 @@ class Config(Settings, GPTOptions):
                                unit="windows of block_size", low=0)
     eval_only: bool = option(False, "measure the newest checkpoint (or init_from's weights) on the "
                                     "whole validation split, without training")
+    checkpoint: Literal["newest", "best"] = option(
+        "newest", "with eval_only: the newest checkpoint, or the one with the lowest val/loss")
     log_interval: int = option(10, "between records (and host syncs)", unit="steps", low=1)
     checkpoint_interval: int = option(1000, "between checkpoints (the last step always saves)",
                                       unit="steps", low=1)
@@ -145,7 +147,9 @@ class Config(Settings, GPTOptions):
     print_config: bool = option(False, "print every setting with its source and exit",
                                 section="without training")
     dry_run: bool = option(False, "print memory and time estimates for 1 to 256 GPUs and exit")
-    dry_run_gpu: Literal["A100", "H100", "H200"] = option("H100", "GPU whose peak the days assume")
+    dry_run_gpu: Literal[
+        "B200", "H200", "H100", "A100", "L40S", "A6000", "A5000", "A10", "L4", "RTX 4090",
+        "RTX 3090", "V100", "T4"] = option("H100", "GPU whose peak the days assume")
     dry_run_mfu: float = option(0.4, "fraction of that peak that training reaches", above=0, high=1)
 
     @property
@@ -173,6 +177,10 @@ class Config(Settings, GPTOptions):
             raise ConfigError("reset_optimizer goes on from another run into a new out_dir; give "
                               "--init_from=RUN, the folder of that run, and no eval_only",
                               "reset_optimizer", "init_from")
+        if self.checkpoint == "best" and not (
+                self.eval_only and self.init_from in ("scratch", "resume")):
+            raise ConfigError("checkpoint = best is for --eval_only of a run's own checkpoints; "
+                              "leave it out, or give --eval_only", "checkpoint", "eval_only")
         if self.rotary_fraction and (self.rotary_channels < 2 or self.rotary_channels % 2):
             raise ConfigError(f"rotary_fraction = {self.rotary_fraction} turns "
                               f"{self.rotary_channels} of the {self.n_embd // self.n_head} "

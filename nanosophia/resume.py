@@ -18,10 +18,12 @@ from nanosophia.checkpoint import (
     Checkpoint,
     CheckpointError,
     checkpoint_folders,
+    load_best,
     load_latest,
 )
 from nanosophia.configurator import (
     ConfigError,
+    UserError,
     keys_in_section,
     load,
     read_config_file,
@@ -40,9 +42,9 @@ from nanosophia.weights import Weights, foreign_weights, saved_model_config
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.
 RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer"}
 # What belongs to the place of a run and is never taken from a checkpoint.
-LOCAL_KEYS = {"out_dir", "init_from", "reset_optimizer", "device", "dtype", "parallel",
-              "activation_checkpointing", "loss_chunk", "compile", "compile_optimizer", "eval_only",
-              "print_config", "dry_run", "dry_run_gpu", "dry_run_mfu"}
+LOCAL_KEYS = {"out_dir", "init_from", "checkpoint", "reset_optimizer", "device", "dtype",
+              "parallel", "activation_checkpointing", "loss_chunk", "compile", "compile_optimizer",
+              "eval_only", "print_config", "dry_run", "dry_run_gpu", "dry_run_mfu"}
 # Model settings that a user may override when starting from foreign weights.
 OVERRIDABLE_KEYS = {"activation", "dropout"}
 TOKENIZER_PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14 # 日本語 don't\t\t12345"
@@ -131,6 +133,14 @@ def check_settings(config: Config, sources: dict[str, str],
 
 def resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     """Returns what the run begins with; raises a UserError, on every rank, where parts disagree."""
+    try:
+        return _resolve(config, sources, ranks)
+    except UserError as error:
+        error.everywhere = True
+        raise
+
+
+def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     checkpoint = on_main(ranks, lambda: _find_checkpoint(config), ConfigError, CheckpointError)
     notes, resets = [], False
     if not checkpoint and config.init_from == "auto":
@@ -188,6 +198,8 @@ def _find_checkpoint(config: Config) -> Checkpoint | None:
             raise ConfigError(f"{out_dir} already holds checkpoints; continue them with "
                               "--init_from=resume, or give another --out_dir", "out_dir")
         return None
+    if config.checkpoint == "best":
+        return load_best(out_dir)
     found = load_latest(out_dir, quarantine=not config.eval_only)
     if found is None and (config.init_from == "resume" or config.eval_only):
         raise CheckpointError(f"{out_dir} holds no checkpoint to resume; check --out_dir, or "
@@ -225,7 +237,7 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
         is_derived = key == "vocab_size" and given == 0
         if key not in sources or is_derived:
             values[key] = saved[key]
-        elif given != saved[key] and key in RUN_KEYS:
+        elif given != saved[key] and key in (MODEL_KEYS if config.eval_only else RUN_KEYS):
             raise CheckpointError(
                 f"{checkpoint.folder} has {key} = {saved[key]!r}, {sources[key]} asks for "
                 f"{given!r}; leave it out, or start anew with another --out_dir")

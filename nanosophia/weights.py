@@ -18,11 +18,11 @@ from nanosophia.checkpoint import (
     Checkpoint,
     CheckpointError,
     checkpoint_folders,
+    load_best,
     load_latest,
-    open_checkpoint,
 )
 from nanosophia.configurator import ConfigError
-from nanosophia.files import open_file, read_bytes, reason
+from nanosophia.files import open_file, reason
 from nanosophia.options import Config
 from nanosophia.schemas import (
     NanoGPTArgs,
@@ -66,18 +66,7 @@ def run_weights(out_dir: Path, which: str = "newest") -> Weights | None:
 
     Raises CheckpointError when it is damaged, or no checkpoint is the best.
     """
-    if which == "best":
-        try:
-            name = read_bytes(out_dir / "best").decode(errors="replace").strip()
-        except OSError as error:
-            raise CheckpointError(f"{out_dir} names no best checkpoint ({reason(error)}); leave "
-                                  "--checkpoint=newest") from error
-        if out_dir / name not in checkpoint_folders(out_dir):
-            raise CheckpointError(f"{out_dir / 'best'} names no checkpoint that is there; leave "
-                                  "--checkpoint=newest")
-        found = open_checkpoint(out_dir / name)
-    else:
-        found = load_latest(out_dir)
+    found = load_best(out_dir) if which == "best" else load_latest(out_dir)
     if found is None:
         return None
     return Weights(str(found.folder), found.model_tensors(), saved_model_config(found),

@@ -56,8 +56,8 @@ def test_each_mistake_is_refused_by_name(refused, flag, words):
 
 def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path, refused):
     file = tmp_path / "c.py"
-    file.write_text("\nbatch_size = 7\n")
-    assert f"batch_size from {file}:2" in refused(train.main, [str(file)])
+    file.write_text("\nn_head = 7\n")
+    assert f"n_head from {file}:2" in refused(train.main, [str(file)])
 
 
 @pytest.mark.trial(12)

@@ -38,6 +38,15 @@ def test_the_counts_are_the_models_and_the_optimizers():
     assert dry_run.days(plan, 8) == pytest.approx(by_hand / (8 * 989e12 * 0.4) / 86400)
 
 
+def test_a_vocabulary_that_is_not_known_is_not_guessed_in_silence(data_dir):
+    for flags, words in (
+            (("--dataset=mine",), "classes of GPT-2, a guess: give --vocab_size"),
+            (("config/train_neox_1.5b_adamw.py",), "taken for the 50,277 classes that it has")):
+        assert words in dry_run.report(resolved(*flags))
+    for flags in (("--dataset=mine", "--vocab_size=300"), (f"--dataset={data_dir}",)):
+        assert "taken for" not in dry_run.report(resolved(*flags, "--block_size=16"))
+
+
 @pytest.mark.parametrize("optimizer", ["sophiag", "adamw", "lion", "muon", "adahessian"])
 def test_state_on_the_meta_device_is_as_large_as_real_state(optimizer):
     config = resolved(f"--optimizer={optimizer}", "--n_layer=2", "--n_head=2", "--n_embd=32",

@@ -1,8 +1,10 @@
 """Records reach metrics.jsonl in order; a recorder that fails never stops training."""
 
 import json
+from typing import get_args, get_type_hints
 
-from nanosophia.metrics import Health, Recorder, peak_flops
+from nanosophia.metrics import PEAK_FLOPS, Health, Recorder, peak_flops
+from nanosophia.options import Config
 
 
 def recorder(tmp_path, first_step=0, **kwargs):
@@ -59,7 +61,12 @@ def test_other_ranks_record_nothing(tmp_path, capsys):
 def test_peak_flops_are_known_by_device_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
-    assert peak_flops("Tesla T4") is None
+    assert peak_flops("Tesla T4") == 65e12 and peak_flops("NVIDIA RTX A5000") == 111.1e12
+    assert peak_flops("NVIDIA L40S") == 362e12 and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("NVIDIA A10") == 125e12 and peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12
+    for other in ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", "AMD Instinct MI300X"):
+        assert peak_flops(other) is None
+    assert get_args(get_type_hints(Config)["dry_run_gpu"]) == tuple(PEAK_FLOPS)
 
 
 def healthy(**changes):

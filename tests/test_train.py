@@ -252,12 +252,15 @@ def test_ranks_talk_once_per_step_about_gradients_and_once_per_estimate(tiny):
     assert "all talk is accounted for" in result.stdout
 
 
-def test_ranks_refuse_together_with_one_line_each(tiny):
-    result = torchrun(2, "train.py", *tiny("--total_batch_size=1", "--hessian_batch_size=1"))
+@pytest.mark.parametrize("flags, words", [
+    (("--total_batch_size=1", "--hessian_batch_size=1"), "total_batch_size = 1 is less than the 2"),
+    (("--dataset=nowhere",), "nowhere/train.bin not found"),
+    (("--init_from=resume",), "holds no checkpoint to resume")])
+def test_what_all_ranks_refuse_is_said_once(tiny, flags, words):
+    result = torchrun(2, "train.py", *tiny(*flags))
     assert result.returncode != 0
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 2 and any(line.startswith("error: rank 1: ") for line in lines)
-    assert all("total_batch_size = 1 is less than the 2 ranks" in line for line in lines)
+    line, = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line and not line.startswith("error: rank")
     assert 'train.py", line' not in result.stderr  # no traceback of ours; torchrun prints its own
 
 
@@ -321,6 +324,20 @@ def test_what_makes_a_resumed_run_round_otherwise_is_noted(tiny, capsys):
     run_train(*tiny("--dtype=float64"))
     run_train(*tiny("--init_from=resume", "--max_iters=9"))
     assert "dtype was float64 until step 6 and is float32 from now on" in capsys.readouterr().out
+
+
+def test_eval_only_takes_the_best_checkpoint(tiny, tmp_path, capsys, refused):
+    run_train(*tiny("--max_iters=8", "--eval_interval=2", "--checkpoint_interval=2",
+                    "--learning_rate=0.3"))
+    losses = {r["step"] + 1: r["val/loss"] for r in records(tmp_path / "run") if "val/loss" in r}
+    best = min(losses, key=losses.get)
+    capsys.readouterr()
+    run_train(*tiny("--eval_only", "--checkpoint=best"))
+    assert f"step {best}: loss" in capsys.readouterr().out
+    assert "is for --eval_only" in refused(train.main, tiny("--checkpoint=best"))
+    (tmp_path / "run" / "best").unlink()
+    assert "names no best checkpoint" in refused(train.main, tiny("--eval_only",
+                                                                  "--checkpoint=best"))
 
 
 @pytest.mark.parametrize("flag, words", [
@@ -438,7 +455,8 @@ def test_eval_only_is_the_same_for_any_batch_and_ranks(tiny, tmp_path, data_dir,
     run_train(*tiny("--max_iters=4"))
     capsys.readouterr()
     lines = []
-    for flags in (("--batch_size=1",), ("--batch_size=8",)):
+    for flags in (("--batch_size=1",), ("--batch_size=8", "--total_batch_size=16", "--seed=2"),
+                  ("--checkpoint=best", "--optimizer=adamw")):  # the best is the newest
         run_train(*tiny("--eval_only", *flags))
         lines.append(capsys.readouterr().out.splitlines()[-1])
     result = torchrun(2, "train.py", *tiny("--eval_only", "--batch_size=2"))
@@ -518,7 +536,7 @@ def test_a_run_goes_on_with_another_optimizer(tiny, tmp_path, capsys, refused):
     ranks = Ranks(0, 1, torch.device("cpu"))
     start = resume.resolve(config, sources, ranks)
     run = train.build_run(start.config, ranks, start.data, fresh_from=first)
-    assert train.restore(run, start.checkpoint, reset_optimizer=True) == first
+    assert train.restore(run, start.checkpoint, weights_only=True) == first
     assert (start.config.optimizer, start.config.seed, start.config.beta1,
             start.config.weight_decay) == ("sophiag", 5, 0.96, 0.2)  # its own, not AdamW's
     loss, _ = train.train_step(run, first)

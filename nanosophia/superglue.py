@@ -4,9 +4,12 @@
     python -m nanosophia.superglue --out_dir=RUN --data_dir=FOLDER  with FOLDER/BoolQ/val.jsonl, ...
 
 Two worked examples from the training split, then the question; greedy decoding; the answer counts
-when the first line decoded is the expected one. Five draws of examples are averaged. Prompts have
-the parts of the paper's Fig. 11 (instruction; context, question, answer); the wording is this
-file's, since the figure shows only some of it. Without --data_dir the data come through `datasets`.
+when the first line decoded is the expected word, in upper or lower case. Five draws of examples are
+averaged. Layout and answer words are those of the paper's Fig. 11; the instructions are worded here
+(--prompts takes others). The figure contradicts itself: for CB it asks for True, False or Neither
+and answers with Yes and No, for RTE it asks for Yes or No and answers None once. --answers=asked
+takes the words asked for, in the examples too, --answers=shown those of its examples (for a neutral
+row of CB, of which it shows none, Neither). Without --data_dir the data come through `datasets`.
 """
 
 if __name__ == "__main__":
@@ -19,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -41,33 +44,41 @@ class Task(NamedTuple):
 
     folder: str  # of SuperGLUE's release
     instruction: str
-    answers: tuple[str, ...]  # by label
+    asked: tuple[str, ...]  # answer words by label: those that Fig. 11 asks for
+    shown: tuple[str, ...]  # and those that its examples have
     labels: dict[Any, int]  # what files and the hub call them
     fields: tuple[str, ...]
-    context: Callable[[dict], str]
-    question: Callable[[dict], str]
+    question: Callable[[dict], str]  # all of a row's text before its answer
+
+
+def _inference(row: dict) -> str:
+    return f"Context: {row['premise']} Question: {row['hypothesis']}"
+
+
+def _alternatives(row: dict) -> str:
+    first, second = (row[key][:1].lower() + row[key][1:] for key in ("choice1", "choice2"))
+    link = "because" if row["question"] == "cause" else "so"
+    return (f"Choice1: {first}\nChoice2: {second}\n"
+            f"Context: {row['premise'].strip().rstrip('.')} {link}")
 
 
 TASKS = {
     "boolq": Task(
-        "BoolQ", "Answer the question about the passage with yes or no.", ("no", "yes"),
-        {False: 0, True: 1}, ("passage", "question"),
-        lambda row: row["passage"], lambda row: row["question"].rstrip("?") + "?"),
+        "BoolQ", "Each context is a passage. Answer the question about it with 'Yes' or 'No'.",
+        ("No", "Yes"), ("No", "Yes"), {False: 0, True: 1}, ("passage", "question"),
+        lambda row: f"Context: {row['passage']} Question: {row['question']}"),
     "cb": Task(
-        "CB", "Say whether the statement follows from the text: yes, no or maybe.",
-        ("yes", "no", "maybe"), {"entailment": 0, "contradiction": 1, "neutral": 2},
-        ("premise", "hypothesis"),
-        lambda row: row["premise"], lambda row: f"{row['hypothesis'].rstrip('.')}?"),
+        "CB", "Does the statement after the context follow from it? Answer with 'True', 'False' or "
+        "'Neither'.", ("True", "False", "Neither"), ("Yes", "No", "Neither"),
+        {"entailment": 0, "contradiction": 1, "neutral": 2}, ("premise", "hypothesis"),
+        _inference),
     "copa": Task(
-        "COPA", "Choose the more plausible alternative, first or second.", ("first", "second"),
-        {}, ("premise", "choice1", "choice2", "question"),
-        lambda row: row["premise"],
-        lambda row: f"What was the {row['question']}? First: {row['choice1']} Second: "
-                    f"{row['choice2']}"),
+        "COPA", "Which choice ends the context correctly?", ("Choice1", "Choice2"),
+        ("Choice1", "Choice2"), {}, ("premise", "choice1", "choice2", "question"), _alternatives),
     "rte": Task(
-        "RTE", "Say whether the statement follows from the text: yes or no.", ("yes", "no"),
-        {"entailment": 0, "not_entailment": 1}, ("premise", "hypothesis"),
-        lambda row: row["premise"], lambda row: f"{row['hypothesis'].rstrip('.')}?"),
+        "RTE", "Does the statement after the context follow from it? Answer with 'Yes' or 'No'.",
+        ("Yes", "No"), ("Yes", "None"), {"entailment": 0, "not_entailment": 1},
+        ("premise", "hypothesis"), _inference),
 }
 ANSWER_TOKENS = 8  # enough for every answer, bytes included
 
@@ -81,6 +92,10 @@ class SuperGlueSettings(Settings):
     out_dir: str = option("out", "folder of the run; receives superglue.json")
     tasks: str = option("boolq,cb,copa,rte", "which, comma-separated")
     data_dir: str = option("", "folder of SuperGLUE's release; empty = downloaded through datasets")
+    answers: Literal["asked", "shown"] = option(
+        "asked", "answer words where the paper's figure contradicts itself: those that it asks "
+                 "for, or those of its examples")
+    prompts: str = option("", "JSON file with other instructions, from task to text")
     shots: int = option(2, "worked examples before each question", low=0)
     draws: int = option(5, "sets of examples that are averaged", low=1)
     limit: int = option(0, "questions per task, the first ones; 0 = all", low=0)
@@ -117,12 +132,30 @@ def run(settings: SuperGlueSettings) -> dict[str, dict]:
     if weights.config.block_size <= ANSWER_TOKENS:
         raise CheckpointError(f"a context of {weights.config.block_size} tokens has no room for "
                               f"answers of {ANSWER_TOKENS}")
+    instructions = read_instructions(settings.prompts)
     model = weights.build()
     model.to(device).eval()
     data = {name: {split: read_rows(name, split, settings.data_dir)
                    for split in ("train", "val")} for name in settings.tasks.split(",")}
-    return {name: _run_task(TASKS[name], splits, model, weights, settings)
-            for name, splits in data.items()}
+    return {name: _run_task(TASKS[name]._replace(instruction=instructions[name]), splits, model,
+                            weights, settings) for name, splits in data.items()}
+
+
+def read_instructions(path: str) -> dict[str, str]:
+    """Returns the instruction of each task, from a file where it has one; raises ConfigError."""
+    own = {name: task.instruction for name, task in TASKS.items()}
+    if not path:
+        return own
+    try:
+        given = parse(read_bytes(Path(path)), dict[str, str])
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"prompts = {path} cannot be read: {reason}; it should be a JSON object "
+                          "from task to instruction", "prompts") from None
+    if unknown := given.keys() - own.keys():
+        raise ConfigError(f"prompts = {path}: {min(unknown)} is none of {', '.join(own)}",
+                          "prompts")
+    return own | given
 
 
 def read_rows(name: str, split: str, data_dir: str) -> list[dict]:
@@ -145,7 +178,7 @@ def read_rows(name: str, split: str, data_dir: str) -> list[dict]:
         missing = [f for f in task.fields if not isinstance(texts.get(f), str)]
         missing += [] if isinstance(texts.get("label"), str | int) else ["label"]
         label = None if missing else task.labels.get(row["label"], row["label"])
-        if missing or label not in range(len(task.answers)):
+        if missing or label not in range(len(task.asked)):
             raise ConfigError(f"{where}, row {number}: " + (
                 f"field {', '.join(missing)} is missing or not text" if missing else
                 f"label {row['label']!r} is not one of the task's"), "data_dir")
@@ -165,13 +198,10 @@ def _fetch(name: str, split: str) -> list[dict]:
                           "--data_dir=FOLDER with SuperGLUE's release", "data_dir") from None
 
 
-def prompt(task: Task, examples: list[dict], row: dict) -> str:
-    """Returns instruction, worked examples, and the question up to its answer."""
-    def shown(one: dict) -> str:
-        return f"Context: {task.context(one)}\nQuestion: {task.question(one)}\nAnswer:"
-
-    worked = [f"{shown(one)} {task.answers[one['label']]}\n\n" for one in examples]
-    return f"{task.instruction}\n\n{''.join(worked)}{shown(row)}"
+def prompt(task: Task, words: tuple[str, ...], examples: list[dict], row: dict) -> str:
+    """Returns instruction, worked examples with their answers in `words`, and the question."""
+    worked = [f"{task.question(one)}\nAnswer: {words[one['label']]}\n\n" for one in examples]
+    return f"{task.instruction}\n\n{''.join(worked)}{task.question(row)}\nAnswer:"
 
 
 def draw_examples(rows: list[dict], shots: int, seed: int, draw: int) -> list[dict]:
@@ -184,10 +214,12 @@ def _run_task(task: Task, splits: dict[str, list[dict]], model: GPT, weights: We
     tokenizer = get_tokenizer(weights.tokenizer)
     rows = splits["val"][:settings.limit or None]
     room = model.config.block_size - ANSWER_TOKENS
+    words = getattr(task, settings.answers)
     scores, cut = [], 0
     for draw in range(settings.draws):
         examples = draw_examples(splits["train"], settings.shots, settings.seed, draw)
-        encoded = [tokenizer.encode_ordinary(prompt(task, examples, row)) for row in rows]
+        encoded = [tokenizer.encode_ordinary(prompt(task, words, examples, row))
+                   for row in rows]
         highest = max(max(ids) for ids in encoded)
         if highest >= weights.num_classes:
             raise CheckpointError(f"the prompts have id {highest}, the model has "
@@ -195,10 +227,10 @@ def _run_task(task: Task, splits: dict[str, list[dict]], model: GPT, weights: We
         cut += sum(len(ids) > room for ids in encoded)
         answers = _answers(model, tokenizer, [ids[-room:] for ids in encoded], settings,
                            weights.num_classes, f"{task.folder}, draw {draw + 1}")
-        right = [answer == task.answers[row["label"]]
+        right = [answer == words[row["label"]].lower()
                  for answer, row in zip(answers, rows, strict=True)]
         scores.append(sum(right) / len(right))
-    common = max(sum(row["label"] == label for row in rows) for label in range(len(task.answers)))
+    common = max(sum(row["label"] == label for row in rows) for label in range(len(words)))
     return dict(accuracy=statistics.mean(scores), draws=scores,
                 spread=statistics.stdev(scores) if len(scores) > 1 else 0.0,
                 questions=len(rows), commonest=common / len(rows), cut=cut / settings.draws)
@@ -231,14 +263,15 @@ def _answers(model: GPT, tokenizer, prompts: list[list[int]], settings: SuperGlu
 
 def table(results: dict[str, dict]) -> str:
     """Returns the results as a Markdown table."""
-    lines = ["| task | accuracy | ± | commonest answer | questions | prompts cut |",
-             "|---|---|---|---|---|---|"]
+    lines = ["| task | accuracy | ± | by draw | commonest answer | questions | prompts cut |",
+             "|---|---|---|---|---|---|---|"]
     for name, r in results.items():
-        lines.append(f"| {name} | {r['accuracy']:.1%} | {r['spread']:.1%} | {r['commonest']:.1%} | "
+        lines.append(f"| {name} | {r['accuracy']:.1%} | {r['spread']:.1%} | "
+                     f"{', '.join(f'{x:.1%}' for x in r['draws'])} | {r['commonest']:.1%} | "
                      f"{r['questions']} | {r['cut']:.0f} |")
     if len(results) > 1:
         mean = statistics.mean(r["accuracy"] for r in results.values())
-        lines.append(f"| mean | {mean:.1%} | | | | |")
+        lines.append(f"| mean | {mean:.1%} | | | | | |")
     return "\n".join(lines)
 
 

@@ -55,10 +55,11 @@ def answering(monkeypatch, text):
 
 
 @pytest.mark.parametrize("text, expected", [
-    (" yes\nno", dict(boolq=4 / 12, cb=4 / 12, copa=0, rte=9 / 12)),
-    (" yes<|endoftext|>No", dict(boolq=4 / 12, cb=4 / 12, copa=0, rte=9 / 12)),
-    (" No.", dict(boolq=8 / 12, cb=4 / 12, copa=0, rte=3 / 12)),
-    (" second\n", dict(boolq=0, cb=0, copa=6 / 12, rte=0)),
+    (" yes\nno", dict(boolq=4 / 12, cb=0, copa=0, rte=9 / 12)),
+    (" yes<|endoftext|>No", dict(boolq=4 / 12, cb=0, copa=0, rte=9 / 12)),
+    (" No.", dict(boolq=8 / 12, cb=0, copa=0, rte=3 / 12)),
+    (" Choice2\n", dict(boolq=0, cb=0, copa=6 / 12, rte=0)),
+    (" true", dict(boolq=0, cb=4 / 12, copa=0, rte=0)),
     (" yesno", dict(boolq=0, cb=0, copa=0, rte=0)), ("\n", dict(boolq=0, cb=0, copa=0, rte=0))])
 def test_the_first_line_is_the_answer(run, monkeypatch, tmp_path, text, expected, capsys):
     answering(monkeypatch, text)
@@ -70,14 +71,49 @@ def test_the_first_line_is_the_answer(run, monkeypatch, tmp_path, text, expected
     assert "| rte |" in capsys.readouterr().out
 
 
-def test_a_prompt_has_instruction_two_examples_and_the_question(run, monkeypatch):
-    seen = answering(monkeypatch, " yes")
-    superglue.main([*run, "--tasks=boolq", "--draws=1"])
+COPA = dict(premise="The man had lipstick on his cheek.", choice1="The woman kissed him.",
+            choice2="The woman made him blush.", question="cause", label=0)
+CB = dict(premise="They can't.", hypothesis="they killed them", label="entailment")
+
+
+@pytest.mark.parametrize("task, row, flags, expected", [
+    ("boolq", dict(passage="A lamp.", question="do lamps work", label=True), (),
+     "Context: A lamp. Question: do lamps work\nAnswer: Yes"),
+    ("copa", COPA, (), "Choice1: the woman kissed him.\nChoice2: the woman made him blush.\n"
+                       "Context: The man had lipstick on his cheek because\nAnswer: Choice1"),
+    ("copa", COPA | dict(premise="I try", question="effect", label=1), (),
+     "Context: I try so\nAnswer: Choice2"),
+    ("cb", CB, (), "Context: They can't. Question: they killed them\nAnswer: True"),
+    ("cb", CB, ("--answers=shown",), "they killed them\nAnswer: Yes"),
+    ("rte", CB | dict(label="not_entailment"), (), "they killed them\nAnswer: No"),
+    ("rte", CB | dict(label="not_entailment"), ("--answers=shown",), "them\nAnswer: None")])
+def test_prompts_have_the_layout_of_the_papers_figure(run, monkeypatch, data, tmp_path, task, row,
+                                                     flags, expected):
+    """Instruction, blank line, two worked examples, the question: all of this one row here."""
+    for split in ("train", "val"):
+        (data / superglue.TASKS[task].folder / f"{split}.jsonl").write_text(
+            (json.dumps(row) + "\n") * 3)
+    seen = answering(monkeypatch, expected.rpartition("Answer:")[2].upper())
+    superglue.main([*run, f"--tasks={task}", "--draws=1", *flags])
     text = seen[0]
-    assert text.startswith("Answer the question about the passage with yes or no.\n\nContext: ")
-    assert text.count("Context: ") == text.count("Question: is it red?\nAnswer:") == 3
-    assert text.endswith("Answer:") and text.count("Answer: yes\n") + text.count(
-        "Answer: no\n") == 2
+    assert text.startswith(superglue.TASKS[task].instruction + "\n\nC")
+    assert text.count(expected + "\n\n") == 2 and text.endswith(expected.rpartition(" ")[0])
+    found = json.loads((tmp_path / "run" / "superglue.json").read_text())[task]
+    assert found["draws"] == [1.0] and found["accuracy"] == 1.0
+
+
+def test_instructions_come_from_a_file(run, monkeypatch, tmp_path, refused):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(dict(boolq="Yes or no?")))
+    seen = answering(monkeypatch, " yes")
+    superglue.main([*run, "--tasks=boolq", "--draws=1", f"--prompts={file}"])
+    assert seen[0].startswith("Yes or no?\n\nContext: ")
+    for text, words in (('{"bolq": "x"}', "bolq is none of boolq, cb, copa, rte"),
+                        ('{"boolq": 3}', "boolq: Input should be a valid string"),
+                        ("[]", "should be a JSON object"), ("{", "cannot be read")):
+        file.write_text(text)
+        assert words in refused(superglue.main, [*run, f"--prompts={file}"])
+    assert "cannot be read: No such file" in refused(superglue.main, [*run, "--prompts=nowhere"])
 
 
 def test_draws_differ_and_repeat_with_the_seed():

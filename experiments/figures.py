@@ -1,8 +1,9 @@
-"""Runs the paper's ablations and scaling and draws them: Fig. 1d/4, 6 and 7.
+"""Runs the paper's figures of losses and draws them: 3 (with 1a-c and 9), 4 (with 1d), 6, 7, 10.
 
     python -m experiments.figures --figure=7a --preset=small --jobs=2     # minutes on two CPU cores
     python -m experiments.figures --figure=7a --nproc_per_node=8          # as in the paper
 
+    3   final losses over the length of a run, 355M to 1.5B: T/2 steps beside T (1a-c, 9)
     4   final losses of AdamW, Lion, Sophia-H and Sophia-G over model sizes (1d: the same points)
     6a  share of steps whose gradient norm was clipped
     6b  largest stable learning rate with and without inverse-layer scaling, at GPT-2 medium's depth
@@ -10,8 +11,10 @@
     7a  losses against compute for k = 1, 10, 100 and AdamW, for three lengths of run
     7b  estimators: GNB, Hutchinson, empirical Fisher, AdaHessian's, each with clipping
     7c  clipping: sign momentum, normalized momentum, GNB without clipping, AdaHessian, AdamW
+    10  losses of the 6.6B model, of AdamW at two rates and of Sophia-G
 
-6b, 7a and 7c find the rate of each run by a ladder, 7b gamma by a grid.
+6b, 7a and 7c find the rate of each run by a ladder, 7b gamma by a grid. Fig. 2 is
+experiments.toy, Fig. 5 nanosophia.superglue. --dry_run lists the runs of a figure.
 
 Every run is a config of this repository with the settings that the figure changes. The preset
 `small` replaces the model of each by a byte-level one of the quickstart's size and trains it for
@@ -26,7 +29,7 @@ if __name__ == "__main__":
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +37,7 @@ from typing import Any, Literal
 from experiments.gamma import RateSweep, sweep_lr
 from experiments.plot import COLOURS, STYLES, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec, by_name, scaled_flags
+from nanosophia import dry_run
 from nanosophia.command import command
 from nanosophia.configurator import load, option
 from nanosophia.files import write_text
@@ -52,10 +56,12 @@ SMALL_DEEP = dict(n_layer=8, n_embd=32, max_iters=200, warmup_iters=20)  # Fig. 
 class FigureSettings(RunSettings):
     """Settings of `python -m experiments.figures`."""
 
-    figure: Literal["4", "6a", "6b", "6c", "7a", "7b", "7c"] = option("7a", "figure of the paper",
-                                                                    section="figure")
+    figure: Literal["3", "4", "6a", "6b", "6c", "7a", "7b", "7c", "10"] = option(
+        "7a", "figure of the paper", section="figure")
     preset: Literal["paper", "small"] = option("paper", "the paper's model sizes, or a laptop's")
     max_iters: int = option(0, "length of every run; 0 = the preset's", unit="steps", low=0)
+    dry_run: bool = option(False, "list the runs with their settings, FLOPs and days on "
+                                  "nproc_per_node GPUs (train.py's --dry_run_gpu, in --flags)")
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ def run_spec(settings: FigureSettings, name: str, file: str, **changes) -> RunSp
             values["beta1"] = 0.9  # .96 averages over too many of so few steps
     for key in ("learning_rate", "gamma"):
         if f"{key}_times" in changes:
-            changes[key] = values.get(key, getattr(config, key)) * changes.pop(f"{key}_times")
+            value = values.get(key, getattr(config, key)) * changes.pop(f"{key}_times")
+            changes[key] = float(f"{value:.6g}")
     preset = (file, *_as_flags(values), *settings.extra)
     if settings.max_iters:
         preset = scaled_flags(preset, settings.max_iters)
@@ -157,6 +164,45 @@ def figure_4(settings: FigureSettings) -> Figure:
         axes.set_ylabel("final validation loss, nats per token")
 
     return Figure(["run", "learning rate", "final validation loss"], rows, draw)
+
+
+def figure_3(settings: FigureSettings) -> Figure:
+    """Returns the final losses over the length of a run: Sophia's in T/2 steps beside AdamW's."""
+    sizes = {"355M": "gpt2_medium", "770M": "gpt2_large", "1.5B": "neox_1.5b"}
+    lengths = (100, 200, 400) if settings.preset == "small" else (100_000, 200_000, 400_000)
+    if settings.preset == "small":
+        sizes = {"small preset": "gpt2_30m"}
+    if settings.max_iters:
+        lengths = tuple(settings.max_iters * n for n in (1, 2, 4))
+    specs = {(size, method, T): run_spec(
+                 replace(settings, max_iters=0), f"3_{method}_{file}_T{T}",
+                 f"train_{file}_{method}", max_iters=T)
+             for size, file in sizes.items() for method in ("adamw", "sophiah", "sophiag")
+             if Path(f"config/train_{file}_{method}.py").exists() for T in lengths}
+    results = run_labelled(settings, specs)
+    rows = [[f"{method}, {size}", f"{T:,}", f"{r.config.learning_rate:.3g}", f"{r.loss:.4f}"]
+            for (size, method, T), r in results.items()]
+
+    def draw(axes) -> None:
+        for i, (size, method) in enumerate(dict.fromkeys((s, m) for s, m, _ in results)):
+            axes.semilogx(lengths, [results[size, method, T].loss for T in lengths], marker="o",
+                          color=COLOURS[i % len(COLOURS)], linestyle=STYLES[i % len(STYLES)],
+                          label=f"{method}, {size}")
+        axes.set_xlabel("steps of the whole run")
+        axes.set_ylabel("final validation loss, nats per token")
+
+    return Figure(["run", "steps", "learning rate", "final validation loss"], rows, draw)
+
+
+def figure_10(settings: FigureSettings) -> Figure:
+    """Returns the losses of the 6.6B model: AdamW's at two rates, and Sophia-G's."""
+    size = "gpt2_30m" if settings.preset == "small" else "neox_6.6b"
+    runs = {"AdamW": ("adamw", 1), "AdamW at 1.25 times the rate": ("adamw", 1.25),
+            "Sophia-G": ("sophiag", 1)}
+    return loss_curves(run_labelled(settings, {
+        label: run_spec(settings, f"10_{method}_{times:g}", f"train_{size}_{method}",
+                        learning_rate_times=times) for label, (method, times) in runs.items()}),
+        {"learning rate": lambda r: f"{r.config.learning_rate:.3g}"})
 
 
 def figure_6a(settings: FigureSettings) -> Figure:
@@ -316,8 +362,46 @@ def figure_7c(settings: FigureSettings) -> Figure:
         "curvature decides": share("curvature_fraction", 0.5)})
 
 
-FIGURES = {"4": figure_4, "6a": figure_6a, "6b": figure_6b, "6c": figure_6c, "7a": figure_7a,
-           "7b": figure_7b, "7c": figure_7c}
+FIGURES = {"3": figure_3, "4": figure_4, "6a": figure_6a, "6b": figure_6b, "6c": figure_6c,
+           "7a": figure_7a, "7b": figure_7b, "7c": figure_7c, "10": figure_10}
+
+
+class Listed(Exception):
+    """Ends the making of a figure at the runs that it would begin with."""
+
+    def __init__(self, specs: list[RunSpec]):
+        self.specs = specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListingSettings(FigureSettings):
+    """Settings under which a figure makes no runs."""
+
+    def run_all(self, specs) -> list[Result]:
+        raise Listed(list(specs))
+
+
+def list_runs(settings: FigureSettings) -> str:
+    """Returns the runs of a figure as a Markdown table; of a ladder of rates the first."""
+    try:
+        FIGURES[settings.figure](ListingSettings(**asdict(settings)))
+    except Listed as listed:
+        specs = listed.specs
+    ladders = " Each is the first of a ladder of rates by factors of 2 or 4, five to eight runs." \
+        if settings.figure in ("6b", "7a", "7c") else ""
+    gpus, lines, total = settings.nproc_per_node, [], 0.0
+    for spec in specs:
+        config = spec.config()
+        plan = dry_run.plan(config)
+        days = dry_run.days(plan, gpus)
+        total += days
+        flops = plan.flops_per_token * (1 + plan.estimate_share) * config.tokens_per_step \
+            * config.max_iters
+        lines.append(f"| {spec.name} | {' '.join(spec.flags)} | {flops:.3g} | {days:.3g} |")
+    return "\n".join([
+        f"Figure {settings.figure}, preset {settings.preset}: {len(specs)} runs, {total:.3g} days "
+        f"on {gpus} x {config.dry_run_gpu} at {config.dry_run_mfu:.0%} of the peak.{ladders}", "",
+        f"| run | settings | FLOPs | days on {gpus} |", "|---|---|---|---|", *lines])
 
 
 def write(settings: FigureSettings, figure: Figure) -> str:
@@ -344,6 +428,9 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(FigureSettings, argv,
                        "python -m experiments.figures --figure=7a [--key=value]")
+    if settings.dry_run:
+        print(list_runs(settings))
+        return
     pyplot()  # where matplotlib is missing, fail before the runs
     print(write(settings, FIGURES[settings.figure](settings)))
 

@@ -26,7 +26,7 @@ from experiments import (
     toy,
 )
 from experiments.runs import Result, RunError, RunSpec
-from nanosophia import optimizers
+from nanosophia import dry_run, optimizers
 from nanosophia.configurator import load
 
 # A run of a second on the tests' own data.
@@ -449,12 +449,20 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
     figures.main([f"--figure={figure}", f"--preset={preset}", f"--out_dir={tmp_path}"])
     assert len(seen) >= 3
     tokens = {c.tokens_per_step for c in seen.values()}
-    assert tokens == ({480 * 1024} if preset == "paper" else {32 * 64})
+    assert tokens == ({32 * 64} if preset == "small" else
+                      {"10": {1024 * 2048}, "3": {480 * 1024, 512 * 2048}}.get(
+                          figure, {480 * 1024}))
     assert (tmp_path / f"{preset}_{figure}.svg").exists()
     lines = capsys.readouterr().out.count("\n| ") - 1  # without the heading
     small = preset == "small"
     assert lines == {"6b": 6, "6c": 3, "7a": 12, "7b": 4, "7c": 8 + small}.get(figure, len(seen))
     kinds = {(c.optimizer, c.hessian_interval) for c in seen.values()}
+    if figure == "10":
+        assert [c.learning_rate for c in seen.values()] == (
+            pytest.approx([7.2e-3, 9e-3, 6e-3]) if small else [1.2e-4, 1.5e-4, 6e-5])
+    if figure == "3":
+        assert {c.n_embd for c in seen.values()} == ({64} if small else {1024, 1280, 1536})
+        assert all(c.warmup_iters == (20 if small else 2000) for c in seen.values())
     if figure == "6a":
         assert small or {c.n_embd for c in seen.values()} == {768}
     if figure == "6c":
@@ -471,6 +479,22 @@ def test_every_figure_is_drawn_from_runs_of_its_configs(figure, preset, tmp_path
     if figure == "7c":
         assert kinds >= {("adahessian", 1), ("adahessian", 2), ("gnb_unclipped", 2),
                          ("gnb_unclipped", 5), ("adamw", 10), ("normalize", 10), ("clip", 10)}
+
+
+def test_a_figure_lists_its_runs_without_making_them(tmp_path, capsys):
+    flags = ["--preset=paper", f"--out_dir={tmp_path}", "--dry_run", "--nproc_per_node=10",
+             "--flags=--dry_run_gpu=A5000"]
+    figures.main(["--figure=6c", *flags])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Figure 6c, preset paper: 9 runs, ")
+    assert "on 10 x A5000 at 40% of the peak." in lines[0] and len(lines) == 4 + 9
+    config = RunSpec("", ("config/train_gpt2_30m_sophiah.py",)).config()
+    plan = dry_run.plan(dataclasses.replace(config, dry_run_gpu="A5000"))
+    assert lines[4].endswith(f" | {dry_run.days(plan, 10):.3g} |")
+    assert "--beta2=0.95 --gamma=0.005" in lines[4]
+    figures.main(["--figure=7a", *flags])
+    out = capsys.readouterr().out
+    assert ": 12 runs" in out and "first of a ladder" in out and not list(tmp_path.iterdir())
 
 
 def test_the_study_keeps_models_and_batches_apart(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load, option
 from nanosophia.dataloader import Dataset, open_dataset
 from nanosophia.distributed import Ranks, start_ranks, world_size
+from nanosophia.dry_run import estimate_share
 from nanosophia.files import create, read_bytes, reason, write_bytes, write_text
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
@@ -282,6 +283,8 @@ def summarize(contender: Contender, first: Contender, peak: float | None) -> dic
         step_ms=1e3 * median(steps), hessian_ms=1e3 * median(estimates) if run.estimator else 0.0,
         ratio=median(ratios), least=min(ratios), most=max(ratios),
         tokens_per_second=tokens_per_second,
+        tflop=run.model.flops_per_token() * run.config.tokens_per_step
+        * (1 + estimate_share(run.config, run.estimator)) / 1e12,
         mfu=tokens_per_second * run.model.flops_per_token() / peak if peak else None,
         data_wait=median(s / wall for s, wall in zip(contender.data_waits, walls, strict=True)),
         # The very first step and the first of a cycle both have an estimate; one also compiles.
@@ -357,13 +360,15 @@ def table(report: dict) -> str:
              f"{report['dtype']}, attention {report['attention']}, "
              f"{report['device']} ({report['device_name']}{peak}), {report['threads']} threads, "
              f"torch {report['torch']}, {report['repeats']} rounds", "",
-             "| contender | T(step), ms | T(Hessian), ms | x the first | least-most | tokens/s | "
-             "MFU | optimizer, ms | x fused AdamW | data wait | compile, s | first step, s | "
-             "peak MiB |", "|---" * 13 + "|"]
+             "| contender | T(step), ms | T(Hessian), ms | TFLOP | x the first | least-most | "
+             "tokens/s | MFU | optimizer, ms | x fused AdamW | data wait | compile, s | "
+             "first step, s | peak MiB |", "|---" * 14 + "|"]
+    first = next(iter(report["rows"].values()))["tflop"]
     for name, row in report["rows"].items():
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
         lines.append(
-            f"| {name} | {row['step_ms']:.1f} | {row['hessian_ms']:.1f} | {row['ratio']:.3f} | "
+            f"| {name} | {row['step_ms']:.1f} | {row['hessian_ms']:.1f} | "
+            f"{row['tflop']:,.4g} ({row['tflop'] / first - 1:+.1%}) | {row['ratio']:.3f} | "
             f"{row['least']:.3f}-{row['most']:.3f} | {row['tokens_per_second']:,.0f} | {mfu} | "
             f"{row['optimizer_ms']:.1f} | {row['optimizer_ratio']:.2f} | "
             f"{row['data_wait']:.1%} | {row['compile_s']:.1f} | {row['first_step_s']:.1f} | "

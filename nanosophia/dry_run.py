@@ -23,6 +23,7 @@ from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load
 from nanosophia.dataloader import DataError, open_dataset
 from nanosophia.distributed import Ranks
+from nanosophia.estimators import Estimator
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import build, check, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
@@ -82,13 +83,23 @@ def plan(config: Config) -> Plan:
     optimizer.step()
     state = sum(x.nbytes for values in optimizer.state.values() for x in values.values()
                 if isinstance(x, torch.Tensor))
-    # Forward, backward; twice differentiated also the backward of the backward.
-    passes = 0 if estimator is None else 7 / 3 if estimator.second_derivatives else 1
-    share = passes * config.hessian_batch_size / config.total_batch_size / config.hessian_interval
+    share = estimate_share(config, estimator)
     return Plan(config, model.num_params(non_embedding=False),
                 sum(p.numel() for p in model.transformer.h[0].parameters()), state,
                 model.flops_per_token(), share, estimator is not None, tokens, vocab_size,
                 is_prepared)
+
+
+def estimate_share(config: Config, estimator: Estimator | None) -> float:
+    """Returns what the curvature estimates of an average step compute, over its training FLOPs.
+
+    A row costs one gradient pass, in Hutchinson's estimate three: forward, backward, and the
+    backward of both, which is twice as much as they (torch's flop counter says 3.00 too).
+    """
+    if estimator is None:
+        return 0.0
+    passes = 3 if estimator.second_derivatives else 1
+    return passes * config.hessian_batch_size / config.total_batch_size / config.hessian_interval
 
 
 def rows_per_rank(config: Config, gpus: int) -> int:

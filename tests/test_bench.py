@@ -33,6 +33,9 @@ def test_a_table_and_json_of_contenders(tmp_path, capsys):
         assert 0 <= row["data_wait"] < 1
         assert row["optimizer_ms"] > 0 and row["optimizer_ratio"] > 0
         assert 0 <= row["compile_s"] <= row["first_step_s"]
+    per_token = report["flops_per_token"] * 64 / 1e12
+    assert adamw["tflop"] == plain["tflop"] == pytest.approx(per_token)
+    assert sophia["tflop"] == pytest.approx(per_token * (1 + 0.5 / 3))
     assert report["attention"] in ("math", "flash")
     assert "traceEvents" in json.loads((tmp_path / "t.json").read_text())
     out = capsys.readouterr().out

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import GPT, GPTConfig
@@ -36,6 +38,26 @@ def test_the_counts_are_the_models_and_the_optimizers():
     # 6 N + 12 L d T FLOPs per token; 480 x 1024 tokens; 1e5 steps; 8 x 989e12 x 0.4 per second
     by_hand = (6 * (plan.parameters - 1024 * 768) + 12 * 12 * 768 * 1024) * 1.05 * 480 * 1024 * 1e5
     assert dry_run.days(plan, 8) == pytest.approx(by_hand / (8 * 989e12 * 0.4) / 86400)
+
+
+@pytest.mark.parametrize("optimizer, passes", [("sophiag", 1), ("sophiah", 3)])
+def test_an_estimate_costs_the_flops_that_are_said(optimizer, passes):
+    """By torch's own counter, over those of the gradient pass."""
+    config = resolved(f"--optimizer={optimizer}", "--n_layer=4", "--n_head=4", "--n_embd=64",
+                      "--block_size=128", "--vocab_size=256", "--hessian_batch_size=2",
+                      "--batch_size=2")
+    model = GPT(config.model)
+    _, estimator = build(config, model, num_classes=256)
+    idx, counts = torch.zeros(2, 128, dtype=torch.long), []
+    for action in (lambda: model(idx, idx).backward(),
+                   lambda: estimator.estimate(model.forward, idx, idx, [[slice(0, 2)]], 0)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            action()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == pytest.approx(2 * 128 * model.flops_per_token(), rel=0.03)
+    assert counts[1] / counts[0] == pytest.approx(passes, rel=0.01)
+    share = dry_run.estimate_share(config, estimator)
+    assert share == pytest.approx(passes * 2 / 480 / 10)
 
 
 def test_a_vocabulary_that_is_not_known_is_not_guessed_in_silence(data_dir):

@@ -415,8 +415,9 @@ def write(settings: FigureSettings, figure: Figure) -> str:
     write_text(out / f"{name}.md", text)
     picture, axes = pyplot().subplots(figsize=(6.4, 4), layout="constrained")
     figure.draw(axes)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+    if labels := axes.get_legend_handles_labels()[0]:
+        beside = dict(loc="upper left", bbox_to_anchor=(1, 1)) if len(labels) > 5 else {}
+        axes.legend(frameon=False, **beside)
     clear_frame(axes, grid=False)
     axes.set_title(title, loc="left", fontsize="medium")
     save_figure(picture, out / f"{name}.svg", out / f"{name}.png")

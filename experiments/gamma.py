@@ -56,6 +56,9 @@ class GammaSettings(RunSettings):
                               "--config=config/quickstart.py", "config")
 
 
+SOPHIAS_RATE = dict(adamw=(0.8,), lion=(3, 5))  # over these optimizers' (section 3.1 of the paper)
+
+
 @dataclass(frozen=True)
 class RateSweep:
     """What a sweep over learning rates found."""
@@ -140,6 +143,10 @@ def find_rate(settings: GammaSettings, config: Config, short_run: Callable[..., 
     at_end = ", the lowest that was tried: raise --most" if sweep.best == sweep.lowest else ""
     print(f"learning rates: largest stable {sweep.largest_stable:.3g}, {end}, lowest loss "
           f"{sweep.best_loss:.4f} at {sweep.best:.3g}{at_end}")
+    if factors := SOPHIAS_RATE.get(config.optimizer):
+        rates = " to ".join(f"{factor * sweep.best:.3g}" for factor in factors)
+        print(f"by the paper's rule Sophia's rate is {' to '.join(map(str, factors))} times "
+              f"{config.optimizer}'s: {rates}")
     return float(f"{sweep.best:.3g}")
 
 

@@ -225,7 +225,7 @@ _HUTCHINSON = dict(gamma=0.01, hessian_batch_size=32)
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": OptimizerSpec(_adamw, None, _ADAMW),
-    "lion": OptimizerSpec(_lion, None, dict(beta1=0.95, beta2=0.98)),
+    "lion": OptimizerSpec(_lion, None, dict(learning_rate=1.5e-4, beta1=0.95, beta2=0.98)),
     "muon": OptimizerSpec(_muon, None, _ADAMW, fsdp_refusal="it orthogonalises whole matrices"),
     "adahessian": OptimizerSpec(
         _adahessian, hutchinson_estimator,

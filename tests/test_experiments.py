@@ -389,7 +389,8 @@ def test_a_gamma_within_the_range_is_taken_and_diverging_runs_are_reported(tmp_p
         gamma.search(settings)
 
 
-def test_short_runs_correct_h_for_its_bias_unless_they_are_the_config_s_own(tmp_path, monkeypatch):
+def test_short_runs_correct_h_for_its_bias_unless_they_are_the_config_s_own(
+        tmp_path, monkeypatch, capsys):
     def run_all(self, specs):
         seen.append(specs[0].config())
         loss = 2 + abs(math.log2(seen[-1].learning_rate / 6e-4))
@@ -405,6 +406,8 @@ def test_short_runs_correct_h_for_its_bias_unless_they_are_the_config_s_own(tmp_
             f"--config={optimizer},max_iters=500,warmup_iters=9", f"--steps={steps}",
             f"--find={find}", "--flags=--grad_clip=0.5 --seed=3"], "")[0]
         gamma.search(settings)
+        told = "by the paper's rule Sophia's rate is 0.8 times adamw's: 0.00048"
+        assert (told in capsys.readouterr().out) == (optimizer == "optimizer=adamw")
         assert {c.hessian_bias_correction for c in seen} == {corrected}
         assert {(c.grad_clip, c.seed, c.max_iters) for c in seen} == {(0.5, 3, steps)}
 

@@ -598,7 +598,8 @@ def test_every_optimizer_leaves_its_state_alone(tiny, tmp_path, monkeypatch, opt
         monkeypatch.setattr(module, name, getattr(module, name))
     child.inject("loss", "nan", "4", "0")
     run_train(*tiny("--max_iters=6", "--checkpoint_interval=1", "--keep_checkpoints=20",
-                    "--on_nonfinite=skip", f"--optimizer={optimizer}"))
+                    "--on_nonfinite=skip", f"--optimizer={optimizer}",
+                    "--hessian_interval=10"))  # no estimate in the step that is refused
     before, after = tensors_at(tmp_path / "run", 4), tensors_at(tmp_path / "run", 5)
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert not torch.equal(after["transformer.wte.weight"],

@@ -149,8 +149,10 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         checkpoint, resets = on_main(ranks, lambda: _other_run(config), CheckpointError), True
     config, more = resolve_config(config, sources, checkpoint, ranks, resets_optimizer=resets)
     notes += more
-    if not config.eval_only:
+    if not config.eval_only or config.optimizer not in OPTIMIZERS:
         check_settings(config, sources, checkpoint)
+    else:
+        config = replace(config, hessian_chunks=1)  # not checked, since no step is made
     notes += other_optimizers_settings(config, sources)
     data = open_dataset(config.dataset, config.block_size, config.bare_tokens)
     weights = None
@@ -284,7 +286,8 @@ def original_init_from(config: Config, notes: list[str]) -> Config:
     """With init_from=auto and no checkpoint yet, takes the weights that the run began from."""
     out_dir = Path(config.out_dir)
     try:
-        original = read(out_dir / "config.json", RunConfig)["init_from"]
+        recorded = read(out_dir / "config.json", RunConfig)
+        original, resets = recorded["init_from"], recorded.get("reset_optimizer", False)
     except FileNotFoundError:
         return config
     except (OSError, ValueError) as error:
@@ -293,6 +296,10 @@ def original_init_from(config: Config, notes: list[str]) -> Config:
     if original in ("scratch", "resume", "auto"):
         return config
     notes.append(f"{out_dir} has no checkpoint yet; beginning again from {original}")
+    if resets is True and not config.reset_optimizer:
+        raise ConfigError(f"{out_dir} has no checkpoint yet and goes on from {original} with a "
+                          "fresh optimizer; give the whole command again, with --reset_optimizer",
+                          "reset_optimizer")
     return replace(config, init_from=original)
 
 

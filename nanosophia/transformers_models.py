@@ -63,16 +63,16 @@ def _neox_settings(config: dict, where: str) -> dict:
     width = config["hidden_size"]
     _require(config, where, intermediate_size=(4 * width,), layer_norm_eps=(1e-5,),
              attention_bias=(True,), hidden_act=("gelu", *ACTIVATIONS), rope_scaling=(None,))
-    rotary = config.get("rope_parameters") or dict(
-        rope_theta=config.get("rotary_emb_base", 10_000),
-        partial_rotary_factor=config.get("rotary_pct", 0.25))
+    rotary = dict(rope_theta=config.get("rotary_emb_base", 10_000),  # transformers completes so
+                  partial_rotary_factor=config.get("rotary_pct", 0.25)) \
+        | (config.get("rope_parameters") or {})
     _require(rotary, f"{where}, rope_parameters", rope_type=("default",), rope_theta=(10_000,))
     return dict(
         n_layer=config["num_hidden_layers"], n_head=config["num_attention_heads"], n_embd=width,
         block_size=config["max_position_embeddings"], vocab_size=config["vocab_size"],
         bias=config.get("nanosophia_bias", True),
         activation=ACTIVATIONS[config.get("hidden_act", "gelu")],
-        rotary_fraction=rotary.get("partial_rotary_factor", 1.0),
+        rotary_fraction=rotary["partial_rotary_factor"],
         parallel_residual=config.get("use_parallel_residual", True),
         tied_head=config.get("tie_word_embeddings", False))
 

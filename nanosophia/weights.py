@@ -196,7 +196,9 @@ def _transformers_weights(folder: Path) -> Weights:
     tensors = {name: _numbers(str(folder), name, x)
                for name, x in our_tensors(found, ours).items()}
     file = folder / FILE_NAME
-    if config["vocab_size"] == GPT2_CLASSES or not file.exists():
+    if config["model_type"] == "gpt_neox" and not file.exists():
+        tokenizer = ""  # of GPT-NeoX's own, which has about as many ids as GPT-2's
+    elif config["vocab_size"] == GPT2_CLASSES or not file.exists():
         tokenizer = _gpt2_if_large(config["vocab_size"])
     else:
         tokenizer = str(file)

@@ -113,6 +113,7 @@ def test_a_gpt_neox_of_transformers_is_imported_and_sampled_with_its_logits(tmp_
     (dict(rope_parameters=dict(rope_theta=1e4, partial_rotary_factor=0.4)),
      "rotary_fraction = 0.4 turns 3 of the 8 channels"),
     (dict(rope_parameters=None, rotary_pct=0.5, rotary_emb_base=1e6), "rope_theta = 1000000"),
+    (dict(rope_parameters=dict(rope_type="default"), rotary_emb_base=100), "rope_theta = 100 is"),
     (dict(attention_bias=False), "attention_bias = False"),
     (dict(use_parallel_residual="yes"), "use_parallel_residual: Input should be a valid boolean"),
     (dict(intermediate_size=100), "intermediate_size = 100"),
@@ -123,6 +124,19 @@ def test_a_gpt_neox_of_another_kind_is_refused_in_words(tmp_path, refused, spoil
     (folder / "config.json").write_text(json.dumps(config))
     line = refused(huggingface.main, [f"--import_from={folder}", f"--out_dir={tmp_path / 'x'}"])
     assert words in line
+
+
+def test_rotary_settings_are_completed_as_transformers_does(tmp_path):
+    folder, theirs = neox_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(
+        rope_parameters=dict(rope_type="default", rope_theta=10_000.0), rotary_pct=0.25)))
+    (folder / "tokenizer.json").unlink()
+    weights = foreign_weights(str(folder))
+    idx = torch.randint(256, (2, 40))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(weights)(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
+    assert weights.tokenizer == ""
 
 
 def test_gpt_2_with_parts_of_gpt_neox_is_not_exported(tiny, tmp_path, refused):

@@ -335,6 +335,7 @@ def test_eval_only_takes_the_best_checkpoint(tiny, tmp_path, capsys, refused):
     run_train(*tiny("--eval_only", "--checkpoint=best"))
     assert f"step {best}: loss" in capsys.readouterr().out
     assert "is for --eval_only" in refused(train.main, tiny("--checkpoint=best"))
+    assert "is none of" in refused(train.main, tiny("--eval_only", "--optimizer=foo"))
     (tmp_path / "run" / "best").unlink()
     assert "names no best checkpoint" in refused(train.main, tiny("--eval_only",
                                                                   "--checkpoint=best"))
@@ -456,7 +457,8 @@ def test_eval_only_is_the_same_for_any_batch_and_ranks(tiny, tmp_path, data_dir,
     capsys.readouterr()
     lines = []
     for flags in (("--batch_size=1",), ("--batch_size=8", "--total_batch_size=16", "--seed=2"),
-                  ("--checkpoint=best", "--optimizer=adamw")):  # the best is the newest
+                  ("--checkpoint=best", "--optimizer=adamw"),  # the best is the newest
+                  ("--hessian_chunks=7", "--hessian_batch_size=3")):
         run_train(*tiny("--eval_only", *flags))
         lines.append(capsys.readouterr().out.splitlines()[-1])
     result = torchrun(2, "train.py", *tiny("--eval_only", "--batch_size=2"))
@@ -552,6 +554,12 @@ def test_a_run_goes_on_with_another_optimizer(tiny, tmp_path, capsys, refused):
     assert load_latest(tmp_path / "fork").state["step"] == 24
     resumed = load_latest(tmp_path / "fork").state["config"]
     assert resumed["learning_rate"] == 1e-2  # the schedule's peak was not given for the fork
+    for step in (tmp_path / "fork").glob("step_*"):
+        shutil.rmtree(step)  # as if killed before the first
+    (tmp_path / "fork" / "config.json").write_text(json.dumps(json.loads(
+        (tmp_path / "fork" / "config.json").read_text()) | dict(init_from=str(tmp_path / "run"))))
+    line = refused(train.main, tiny("--init_from=auto", out_dir=tmp_path / "fork"))
+    assert "give the whole command again, with --reset_optimizer" in line
     line = refused(train.main, tiny("--reset_optimizer"))
     assert "give --init_from=RUN" in line
     line = refused(train.main, tiny("--reset_optimizer", f"--init_from={tmp_path}",

@@ -237,7 +237,7 @@ def plain_step(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
                                          size=part.stop - part.start)
             idx, targets = rows(offsets), rows(offsets + 1)
             with run.autocast():
-                loss = run.model(idx, targets) / len(run.micro_batches)
+                loss = run.model(idx, targets) * (len(idx) / config.total_batch_size)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
         run.optimizer.step()

@@ -67,8 +67,9 @@ def rotate(x: Tensor, pos: Tensor, channels: int, base: float = 10_000.0) -> Ten
     radians (Su et al. 2021, arXiv:2104.09864, in GPT-NeoX's order of the channels).
     """
     half = channels // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = pos[:, None] * frequency  # (T, half), in float32 under any autocast
+    dtype = torch.promote_types(x.dtype, torch.float32)  # bfloat16 could not tell positions apart
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = pos[:, None] * frequency  # (T, half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b, rest = x.split([half, half, x.size(-1) - channels], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

@@ -315,7 +315,7 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
             on_main(ranks, lock.take, LockError)
         if ranks.is_main:
             print_summary(config, run.model, ranks, data, run.batches.batches.windows,
-                          run.micro_batches, [*start.notes, *settings_warnings(config)])
+                          [*start.notes, *settings_warnings(config)])
         if config.eval_only:
             loss = evaluate_split(run.model, data, ranks, config.block_size, config.batch_size,
                                   run.autocast)

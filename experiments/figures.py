@@ -49,7 +49,7 @@ SMALL = dict(n_layer=3, n_head=4, n_embd=64, block_size=64, vocab_size=320, data
              eval_windows=400, log_interval=5, checkpoint_interval=1000, keep_best=False)
 SMALL_RATE_FACTOR, SMALL_GAMMA_FACTOR = 6, 40
 SMALL_HESSIAN_ROWS = {240: 16, 32: 2}  # the paper's hessian_batch_size: the small preset's
-SMALL_DEEP = dict(n_layer=8, n_embd=32, max_iters=200, warmup_iters=20)  # Fig. 6b
+SMALL_DEEP = dict(n_layer=8, n_embd=32)  # Fig. 6b
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,8 @@ class FigureSettings(RunSettings):
     figure: Literal["3", "4", "6a", "6b", "6c", "7a", "7b", "7c", "10"] = option(
         "7a", "figure of the paper", section="figure")
     preset: Literal["paper", "small"] = option("paper", "the paper's model sizes, or a laptop's")
-    max_iters: int = option(0, "length of every run; 0 = the preset's", unit="steps", low=0)
+    max_iters: int = option(0, "length of every run, in figures 3 and 7a of the shortest; 0 = the "
+                               "preset's", unit="steps", low=0)
     dry_run: bool = option(False, "list the runs with their settings, FLOPs and days on "
                                   "nproc_per_node GPUs (train.py's --dry_run_gpu, in --flags)")
 
@@ -93,9 +94,9 @@ def run_spec(settings: FigureSettings, name: str, file: str, **changes) -> RunSp
             value = values.get(key, getattr(config, key)) * changes.pop(f"{key}_times")
             changes[key] = float(f"{value:.6g}")
     preset = (file, *_as_flags(values), *settings.extra)
-    if settings.max_iters:
+    if settings.max_iters:  # and a warm-up of the same share; a figure may vary the length
         preset = scaled_flags(preset, settings.max_iters)
-        changes = {k: v for k, v in changes.items() if k not in ("max_iters", "warmup_iters")}
+        changes.pop("warmup_iters", None)
     return RunSpec(f"{settings.preset}_{name}", (*preset, *_as_flags(changes)))
 
 
@@ -166,17 +167,20 @@ def figure_4(settings: FigureSettings) -> Figure:
     return Figure(["run", "learning rate", "final validation loss"], rows, draw)
 
 
+def three_lengths(settings: FigureSettings) -> tuple[int, ...]:
+    """Returns T, 2 T and 4 T steps, which share one warm-up."""
+    first = settings.max_iters or (100 if settings.preset == "small" else 100_000)
+    return first, 2 * first, 4 * first
+
+
 def figure_3(settings: FigureSettings) -> Figure:
     """Returns the final losses over the length of a run: Sophia's in T/2 steps beside AdamW's."""
     sizes = {"355M": "gpt2_medium", "770M": "gpt2_large", "1.5B": "neox_1.5b"}
-    lengths = (100, 200, 400) if settings.preset == "small" else (100_000, 200_000, 400_000)
     if settings.preset == "small":
         sizes = {"small preset": "gpt2_30m"}
-    if settings.max_iters:
-        lengths = tuple(settings.max_iters * n for n in (1, 2, 4))
+    lengths = three_lengths(settings)
     specs = {(size, method, T): run_spec(
-                 replace(settings, max_iters=0), f"3_{method}_{file}_T{T}",
-                 f"train_{file}_{method}", max_iters=T)
+                 settings, f"3_{method}_{file}_T{T}", f"train_{file}_{method}", max_iters=T)
              for size, file in sizes.items() for method in ("adamw", "sophiah", "sophiag")
              if Path(f"config/train_{file}_{method}.py").exists() for T in lengths}
     results = run_labelled(settings, specs)
@@ -308,12 +312,8 @@ def figure_7a(settings: FigureSettings) -> Figure:
     """Returns the final losses against compute of runs of three lengths, the rate tuned at each."""
     files = {"AdamW": "train_gpt2_30m_adamw", "k = 1": "ablation_k1",
              "k = 10": "train_gpt2_30m_sophiag", "k = 100": "ablation_k100"}
-    lengths = (100, 200, 400) if settings.preset == "small" else (100_000, 200_000, 400_000)
-    if settings.max_iters:
-        lengths = tuple(settings.max_iters * n for n in (1, 2, 4))
-    # Each run keeps its own length and the paper's warm-up, or the preset's.
-    same = replace(settings, max_iters=0)
-    found = tuned(same, {(label, T): (f"7a_{file}_T{T}", file, dict(max_iters=T))
+    lengths = three_lengths(settings)
+    found = tuned(settings, {(label, T): (f"7a_{file}_T{T}", file, dict(max_iters=T))
                          for label, file in files.items() for T in lengths})
     rows = [[label, f"{T:,}", f"{t.sweep.best:.3g}", f"{t.result.loss:.4f}",
              f"{t.result.flops:.3g}"] for (label, T), t in found.items()]

@@ -118,10 +118,12 @@ class SophiaUnclipped(Sophia):
     def statistics(self) -> dict[str, Tensor]:
         """Returns `Sophia.statistics` without what concerns clipping, and `curvature_fraction`: the
         share of coordinates where gamma h > eps, so that curvature and not the floor decides."""
+        found = _without_clipping(super().statistics())
         above = [((group["gamma"] * self.state[p]["hessian"] > group["eps"]).sum(), p.numel())
                  for group, p in self._items() if p in self.state]
-        decided = sum(count for count, _ in above) / sum(size for _, size in above)
-        return _without_clipping(super().statistics()) | dict(curvature_fraction=decided)
+        if above:
+            found["curvature_fraction"] = sum(n for n, _ in above) / sum(size for _, size in above)
+        return found
 
     def _update(self, p: Tensor, state: dict, group: dict, skip: None) -> None:
         m = state["exp_avg"].lerp_(p.grad.to(state["exp_avg"].dtype), 1 - group["betas"][0])

@@ -48,8 +48,7 @@ def _ending(error: BaseException) -> tuple[int, str, str]:
     words = " ".join(str(error).split())
     if isinstance(error, UserError):
         if error.everywhere and os.environ.get("LOCAL_RANK", "0").strip("0"):
-            time.sleep(2)  # torchrun kills all ranks when one ends, also the one that prints
-            return error.exit_code, "", ""
+            time.sleep(5)  # where the first rank says the same, torchrun ends this one meanwhile
         return error.exit_code, error.prefix, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "", "interrupted"

@@ -21,7 +21,7 @@ class UserError(ValueError):
     """A mistake that the user can mend: the message says what, which value, where, what to do.
 
     A command prints it as one line and ends with `exit_code`. Where `everywhere` is set, all ranks
-    raise it alike, and one of each machine prints it.
+    should raise it alike, and a machine's first one is given time to print it and end the others.
     """
 
     exit_code = 2

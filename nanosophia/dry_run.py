@@ -148,10 +148,24 @@ def _chunk_bytes(config: Config) -> int:
 
 
 def days(plan: Plan, gpus: int) -> float:
-    """Returns the days of training at `dry_run_mfu` of the peak of a `dry_run_gpu`."""
+    """Returns the days of training at `dry_run_mfu` of the peak of a `dry_run_gpu`.
+
+    The others wait for the rank with the most rows.
+    """
     c = plan.config
-    flops = plan.flops_per_token * (1 + plan.estimate_share) * c.tokens_per_step * c.max_iters
-    return flops / (gpus * peak_flops(c.dry_run_gpu) * c.dry_run_mfu) / 86400
+    tokens = -(-c.total_batch_size // gpus) * c.block_size
+    flops = plan.flops_per_token * (1 + plan.estimate_share) * tokens * c.max_iters
+    return flops / (peak_flops(c.dry_run_gpu) * c.dry_run_mfu) / 86400
+
+
+def refusal(config: Config, gpus: int) -> str:
+    """Returns why train.py would refuse so many ranks, nothing where it would not."""
+    try:
+        config.check_world(gpus)
+        check(config, gpus)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def report(config: Config) -> str:
@@ -178,10 +192,13 @@ def report(config: Config) -> str:
               f"{'GPUs':>5} {'rows':>5} {'param.':>7} {'grad.':>7} {'state':>7} {'estim.':>7} "
               f"{'activ.':>7} {'total':>7} {'days':>9}"]
     for gpus in GPUS:
+        if reason := refusal(c, gpus):
+            lines.append(f"{gpus:>5} refused: {reason}")
+            continue
         m = memory(p, gpus)
         cells = " ".join(f"{x / GIB:7.3g}" for x in (*m, sum(m)))
         lines.append(f"{gpus:>5} {rows_per_rank(c, gpus):>5} {cells} {days(p, gpus):9.3g}")
-    uneven = [str(gpus) for gpus in GPUS if c.total_batch_size % gpus]
+    uneven = [str(gpus) for gpus in GPUS if c.total_batch_size % gpus and not refusal(c, gpus)]
     if uneven:
         near = [g for g in range(1, GPUS[-1] + 1) if c.total_batch_size % g == 0][-6:]
         lines += ["", f"total_batch_size = {c.total_batch_size} does not divide over "
@@ -199,10 +216,11 @@ def table(configs: dict[str, Config]) -> str:
         p = plan(config)
         c = p.config
         epoch = f"{p.data_tokens // c.tokens_per_step:,}" if p.data_tokens else "?"
-        room = ", ".join(f"{sum(memory(p, g)) / GIB:.3g}" for g in GPUS)
+        room = ", ".join("-" if refusal(c, g) else f"{sum(memory(p, g)) / GIB:.3g}" for g in GPUS)
+        eight, many = ("-" if refusal(c, g) else f"{days(p, g):,.3g}" for g in (8, 64))
         lines.append(
             f"| {name} | {p.parameters / 1e6:,.1f}M | {p.flops_per_token / 1e9:.2f} | "
-            f"{c.tokens_per_step:,} | {epoch} | {room} | {days(p, 8):,.3g} | {days(p, 64):,.3g} |")
+            f"{c.tokens_per_step:,} | {epoch} | {room} | {eight} | {many} |")
     return "\n".join(lines)
 
 

@@ -177,10 +177,9 @@ class Config(Settings, GPTOptions):
             raise ConfigError("reset_optimizer goes on from another run into a new out_dir; give "
                               "--init_from=RUN, the folder of that run, and no eval_only",
                               "reset_optimizer", "init_from")
-        if self.checkpoint == "best" and not (
-                self.eval_only and self.init_from in ("scratch", "resume")):
-            raise ConfigError("checkpoint = best is for --eval_only of a run's own checkpoints; "
-                              "leave it out, or give --eval_only", "checkpoint", "eval_only")
+        if self.checkpoint == "best" and not self.eval_only:
+            raise ConfigError("checkpoint = best is for --eval_only; leave it out, or give that",
+                              "checkpoint", "eval_only")
         if self.rotary_fraction and (self.rotary_channels < 2 or self.rotary_channels % 2):
             raise ConfigError(f"rotary_fraction = {self.rotary_fraction} turns "
                               f"{self.rotary_channels} of the {self.n_embd // self.n_head} "

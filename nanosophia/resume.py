@@ -127,7 +127,9 @@ def check_settings(config: Config, sources: dict[str, str],
         check(config, world_size())
     except ConfigError as error:
         if checkpoint:  # its values are in the config now
-            sources = {key: str(checkpoint.folder) for key in asdict(config)} | sources
+            saved = checkpoint.state["config"]
+            sources = {key: str(checkpoint.folder) for key, value in asdict(config).items()
+                       if saved.get(key) == value} | sources
         raise with_sources(error, sources) from None
 
 
@@ -146,6 +148,9 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     if not checkpoint and config.init_from == "auto":
         config = original_init_from(config, notes)
     if not checkpoint and config.reset_optimizer:
+        if config.init_from == "auto":
+            raise ConfigError(f"{config.out_dir} has no checkpoint and was not begun from another "
+                              "run; give --init_from=RUN with --reset_optimizer", "init_from")
         checkpoint, resets = on_main(ranks, lambda: _other_run(config), CheckpointError), True
     config, more = resolve_config(config, sources, checkpoint, ranks, resets_optimizer=resets)
     notes += more
@@ -196,7 +201,11 @@ def _find_checkpoint(config: Config) -> Checkpoint | None:
     """Returns the checkpoint to continue, None to start anew."""
     out_dir = Path(config.out_dir)
     if config.init_from not in ("resume", "auto"):
-        if checkpoint_folders(out_dir):
+        if config.checkpoint == "best":
+            raise ConfigError("checkpoint = best is for --eval_only of out_dir's own checkpoints; "
+                              f"leave out --init_from={config.init_from}, or it", "checkpoint",
+                              "init_from")
+        if checkpoint_folders(out_dir) and not config.eval_only:
             raise ConfigError(f"{out_dir} already holds checkpoints; continue them with "
                               "--init_from=resume, or give another --out_dir", "out_dir")
         return None

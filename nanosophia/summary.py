@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +15,10 @@ from nanosophia.options import Config
 
 
 def print_summary(config: Config, model: GPT, ranks: Ranks, data: Dataset, windows: int,
-                  micro_batches: list[slice], notes: Iterable[str]) -> None:
+                  notes: Iterable[str]) -> None:
     """Prints the resolved settings, what they make, and what the user should know.
 
-    `windows` is the number of training windows, of which a step takes total_batch_size, and
-    `micro_batches` are this rank's of a step.
+    `windows` is the number of training windows, of which a step takes total_batch_size.
     """
     listed = ", ".join(f"{key}={value}" for key, value in asdict(config).items())
     print(textwrap.fill(f"config: {listed}", 100, subsequent_indent="  ", break_long_words=False))
@@ -27,7 +26,9 @@ def print_summary(config: Config, model: GPT, ranks: Ranks, data: Dataset, windo
         ranks.device
     print(f"model: {model.num_params(non_embedding=False):,} parameters, "
           f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token")
-    sizes = sorted({part.stop - part.start for part in micro_batches}, reverse=True)
+    sizes = sorted({part.stop - part.start for rank in range(ranks.world_size)
+                    for part in replace(ranks, rank=rank).micro_batches(
+                        config.total_batch_size, config.batch_size)}, reverse=True)
     print(f"run: {config.tokens_per_step:,} tokens per step, {config.max_iters:,} steps = "
           f"{config.max_iters * config.total_batch_size / windows:,.2f} epochs of {data.folder}, "
           f"{ranks.world_size} x {device}, {config.dtype}; micro-batches of "

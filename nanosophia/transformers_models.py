@@ -67,12 +67,15 @@ def _neox_settings(config: dict, where: str) -> dict:
                   partial_rotary_factor=config.get("rotary_pct", 0.25)) \
         | (config.get("rope_parameters") or {})
     _require(rotary, f"{where}, rope_parameters", rope_type=("default",), rope_theta=(10_000,))
+    fraction = rotary["partial_rotary_factor"]
+    if fraction == 0:
+        raise CheckpointError(f"{where}: partial_rotary_factor = 0 leaves the model no positions")
     return dict(
         n_layer=config["num_hidden_layers"], n_head=config["num_attention_heads"], n_embd=width,
         block_size=config["max_position_embeddings"], vocab_size=config["vocab_size"],
         bias=config.get("nanosophia_bias", True),
         activation=ACTIVATIONS[config.get("hidden_act", "gelu")],
-        rotary_fraction=rotary["partial_rotary_factor"],
+        rotary_fraction=float(fraction) if type(fraction) is int else fraction,
         parallel_residual=config.get("use_parallel_residual", True),
         tied_head=config.get("tie_word_embeddings", False))
 

@@ -108,6 +108,19 @@ def test_activations_are_what_the_forward_pass_leaves(checkpointing):
     assert said - 256 * 512 * 6 == pytest.approx(measured, rel=0.01)
 
 
+def test_ranks_that_train_would_refuse_are_named_and_uneven_ones_wait():
+    lines = {line.split()[0]: line for line in dry_run.report(resolved(
+        "--parallel=fsdp", "--n_layer=2")).splitlines() if line[:5].strip().isdigit()}
+    assert "refused: hessian_batch_size = 240 gives some of 256 ranks" in lines["256"]
+    assert "refused" not in lines["64"]
+    few = dry_run.report(resolved("--total_batch_size=4", "--hessian_batch_size=4", "--n_layer=2"))
+    assert few.count("refused: total_batch_size = 4 is less than") == 4 and "some wait" not in few
+    plan = dry_run.plan(resolved("config/train_gpt2_30m_adamw.py"))
+    assert dry_run.days(plan, 64) == pytest.approx(dry_run.days(plan, 1) * 8 / 480)
+    assert dry_run.table(dict(x=resolved("--total_batch_size=4", "--hessian_batch_size=4",
+                                         "--n_layer=2"))).splitlines()[2].endswith("| - | - |")
+
+
 def test_a_loss_in_chunks_takes_less_memory():
     flags = ("config/train_gpt2_small_sophiag.py", "--batch_size=12")
     whole, chunked = (dry_run.memory(dry_run.plan(resolved(*flags, *more)), 8).activations

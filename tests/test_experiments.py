@@ -495,8 +495,10 @@ def test_a_figure_lists_its_runs_without_making_them(tmp_path, capsys):
     plan = dry_run.plan(dataclasses.replace(config, dry_run_gpu="A5000"))
     assert lines[4].endswith(f" | {dry_run.days(plan, 10):.3g} |")
     assert "--beta2=0.95 --gamma=0.005" in lines[4]
-    figures.main(["--figure=7a", *flags])
+    figures.main(["--figure=7a", *flags, "--max_iters=500"])
     out = capsys.readouterr().out
+    assert all(f"--warmup_iters=10 --learning_rate=0.0012 --max_iters={n} |" in out
+               for n in (500, 1000, 2000))
     assert ": 12 runs" in out and "first of a ladder" in out and not list(tmp_path.iterdir())
 
 

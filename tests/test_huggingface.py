@@ -74,23 +74,27 @@ def test_transformers_gpt_neox_computes_the_same_logits(tiny, tmp_path, flags):
         torch.testing.assert_close(again.tensors[name], x[:len(again.tensors[name])])
 
 
-def neox_folder(tmp_path, **changes):
-    """A small GPT-NeoX that transformers itself wrote."""
-    torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(**dict(
-        num_hidden_layers=3, num_attention_heads=4, hidden_size=32, intermediate_size=128,
-        max_position_embeddings=64, vocab_size=300, rope_parameters=dict(
-            rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.25)) | changes)
-    model = transformers.GPTNeoXForCausalLM(config).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+def saved(tmp_path, model):
+    """The folder of a model with weights that are not small, as transformers itself writes it."""
+    for p in model.eval().parameters():
+        torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(tmp_path / "theirs")
     huggingface._write_tokenizer(tmp_path / "theirs", "bytes", get_tokenizer("bytes"), 32)
     return tmp_path / "theirs", model
 
 
-@pytest.mark.parametrize("changes", [{}, dict(use_parallel_residual=False, hidden_act="gelu_fast"),
-                                     dict(tie_word_embeddings=True)])
+def neox_folder(tmp_path, **changes):
+    """A small GPT-NeoX that transformers itself wrote."""
+    torch.manual_seed(0)
+    return saved(tmp_path, transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**dict(
+        num_hidden_layers=3, num_attention_heads=4, hidden_size=32, intermediate_size=128,
+        max_position_embeddings=64, vocab_size=300, rope_parameters=dict(
+            rope_type="default", rope_theta=10_000.0, partial_rotary_factor=0.25)) | changes)))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(use_parallel_residual=False, hidden_act="gelu_fast"), dict(tie_word_embeddings=True),
+    dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=1))])
 def test_a_gpt_neox_of_transformers_is_imported_and_sampled_with_its_logits(tmp_path, changes):
     folder, theirs = neox_folder(tmp_path, **changes)
     huggingface.main([f"--import_from={folder}", f"--out_dir={tmp_path / 'x'}"])
@@ -114,6 +118,8 @@ def test_a_gpt_neox_of_transformers_is_imported_and_sampled_with_its_logits(tmp_
      "rotary_fraction = 0.4 turns 3 of the 8 channels"),
     (dict(rope_parameters=None, rotary_pct=0.5, rotary_emb_base=1e6), "rope_theta = 1000000"),
     (dict(rope_parameters=dict(rope_type="default"), rotary_emb_base=100), "rope_theta = 100 is"),
+    (dict(rope_parameters=dict(partial_rotary_factor=0.0)), "leaves the model no positions"),
+    (dict(rope_parameters=dict(partial_rotary_factor=True)), "rotary_fraction = True is not"),
     (dict(attention_bias=False), "attention_bias = False"),
     (dict(use_parallel_residual="yes"), "use_parallel_residual: Input should be a valid boolean"),
     (dict(intermediate_size=100), "intermediate_size = 100"),
@@ -133,6 +139,7 @@ def test_rotary_settings_are_completed_as_transformers_does(tmp_path):
         rope_parameters=dict(rope_type="default", rope_theta=10_000.0), rotary_pct=0.25)))
     (folder / "tokenizer.json").unlink()
     weights = foreign_weights(str(folder))
+    assert weights.config.rotary_fraction == 0.25
     idx = torch.randint(256, (2, 40))
     with torch.inference_mode():
         torch.testing.assert_close(ours(weights)(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
@@ -302,14 +309,8 @@ def test_killed_at_random_moments_an_export_is_whole_or_absent(tiny, tmp_path, t
 def gpt2_folder(tmp_path):
     """A small GPT-2 that transformers itself wrote."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32,
-                                     vocab_size=300)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    model.save_pretrained(tmp_path / "theirs")
-    huggingface._write_tokenizer(tmp_path / "theirs", "bytes", get_tokenizer("bytes"), 32)
-    return tmp_path / "theirs", model
+    return saved(tmp_path, transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=300)))
 
 
 def test_a_transformers_model_is_imported_with_its_logits(gpt2_folder, tmp_path, capsys, refused):

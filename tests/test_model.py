@@ -199,6 +199,13 @@ def test_rotary_logits_depend_on_the_distance_of_positions_alone(low):
     assert not torch.allclose(near, x.float().square().sum(), rtol=0.01)
 
 
+def test_rotary_positions_are_as_precise_as_the_model():
+    x, angle = torch.ones(1, 1, 1, 2, dtype=torch.float64), math.fmod(1000, 2 * math.pi)
+    found = rotate(x, torch.tensor([1000]), 2).flatten().tolist()
+    assert found == pytest.approx([math.cos(angle) - math.sin(angle),
+                                   math.cos(angle) + math.sin(angle)], rel=1e-12)
+
+
 def test_dropout_acts_in_training_only():
     model = GPT(GPTConfig(**SMALL, dropout=0.5))
     idx = torch.randint(70, (1, 24))

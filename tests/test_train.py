@@ -15,6 +15,7 @@ import torch
 import sample
 import train
 from model import GPT, GPTConfig
+from nanosophia import command as command_module
 from nanosophia import resume
 from nanosophia.checkpoint import load_latest
 from nanosophia.configurator import ConfigError, load
@@ -336,6 +337,12 @@ def test_eval_only_takes_the_best_checkpoint(tiny, tmp_path, capsys, refused):
     assert f"step {best}: loss" in capsys.readouterr().out
     assert "is for --eval_only" in refused(train.main, tiny("--checkpoint=best"))
     assert "is none of" in refused(train.main, tiny("--eval_only", "--optimizer=foo"))
+    assert "leave out --init_from=scratch" in refused(train.main, tiny(
+        "--eval_only", "--checkpoint=best", "--init_from=scratch"))
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    capsys.readouterr()
+    run_train(*tiny("--eval_only", f"--init_from={tmp_path / 'other'}"))  # beside another run
+    assert "step 0: loss" in capsys.readouterr().out
     (tmp_path / "run" / "best").unlink()
     assert "names no best checkpoint" in refused(train.main, tiny("--eval_only",
                                                                   "--checkpoint=best"))
@@ -378,6 +385,17 @@ def test_what_is_not_finite_ends_the_run_and_is_never_saved(tiny, tmp_path, caps
     assert stopped.value.code == 1
     assert "loss is not finite" in capsys.readouterr().err
     assert load_latest(tmp_path / "run").state["step"] == 3
+
+
+def test_what_one_rank_alone_refuses_is_said_by_it(monkeypatch, capsys):
+    """Where the first rank does not end it within the time that it is given."""
+    waited = []
+    monkeypatch.setattr(command_module.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(SystemExit):
+        train.main(["--total_batch_size=0"])
+    assert waited == [5] and capsys.readouterr().err.startswith("error: rank 3: total_batch_size")
 
 
 def test_ranks_fail_together_where_rank_0_alone_writes(tiny, tmp_path):
@@ -560,6 +578,14 @@ def test_a_run_goes_on_with_another_optimizer(tiny, tmp_path, capsys, refused):
         (tmp_path / "fork" / "config.json").read_text()) | dict(init_from=str(tmp_path / "run"))))
     line = refused(train.main, tiny("--init_from=auto", out_dir=tmp_path / "fork"))
     assert "give the whole command again, with --reset_optimizer" in line
+    line = refused(train.main, tiny("--init_from=auto", "--reset_optimizer",
+                                    out_dir=tmp_path / "another"))
+    assert "was not begun from another run" in line
+    flags = tiny("--reset_optimizer", f"--init_from={tmp_path / 'run'}", "--optimizer=sophiah",
+                 out_dir=tmp_path / "another")
+    line = refused(train.main, [flag for flag in flags if "batch_size" not in flag])
+    assert f"total_batch_size from {tmp_path / 'run'}" in line
+    assert "hessian_batch_size = 32" in line and "hessian_batch_size from" not in line  # its own
     line = refused(train.main, tiny("--reset_optimizer"))
     assert "give --init_from=RUN" in line
     line = refused(train.main, tiny("--reset_optimizer", f"--init_from={tmp_path}",

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import torch.nn as nn
 
 import train
 from model import GPT, GPTConfig
@@ -194,7 +195,7 @@ def test_the_estimate_does_not_depend_on_the_ranks(world, settings):
         rows = slice(*row_range(chunks))
         return estimator.estimate(model.forward, idx[rows], idx[rows], chunks, 5)
 
-    sums = []  # what the ranks before have contributed
+    sums = []  # what the other ranks have contributed
 
     def collect(parts):
         if sums:
@@ -202,9 +203,10 @@ def test_the_estimate_does_not_depend_on_the_ranks(world, settings):
         else:
             sums.extend(part.clone() for part in parts)
 
-    for rank in range(world - 1):
+    for rank in range(1, world):
         estimate(rank, world, collect)
-    found = estimate(world - 1, world, lambda parts: torch._foreach_add_(parts, sums))
+    # The first of ten ranks has no rows.
+    found = estimate(0, world, lambda parts: torch._foreach_add_(parts, sums))
     for a, b in zip(estimate(0, 1, None), found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-15)
 
@@ -266,6 +268,17 @@ def test_valid_but_harmful_settings_are_warned_of():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_without_the_clip_the_share_that_curvature_decides_is_told():
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = SophiaUnclipped([p], gamma=0.5, eps=1e-2)
+    assert "curvature_fraction" not in optimizer.statistics()  # no step yet
+    optimizer.update_hessian([torch.tensor([9, 3, 1, -9.0])])
+    p.grad = torch.ones(4)
+    optimizer.step()
+    # h is a hundredth of the estimate, so gamma h is 0.045, 0.015, 0.005 and below 0.
+    assert optimizer.statistics()["curvature_fraction"] == 0.5
+
+
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=16))
     config = with_own_defaults(Config(optimizer="muon", n_head=1, n_embd=8), {})

@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -70,15 +71,31 @@ def _ending(error: BaseException) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
-    """Makes Ctrl-C an exception within it, where `startup` has made it end the process."""
+    """Makes Ctrl-C an exception within it, where `startup` has made it end the process.
+
+    One that hits where Python drops exceptions, such as a finaliser, comes again.
+    """
     if signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
         yield
         return
+    report = sys.unraisablehook
+
+    def repeat_interrupt(dropped) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            report(dropped)
+            return
+        timer = threading.Timer(0.05, signal.pthread_kill, (  # at once it would be dropped again
+            threading.main_thread().ident, signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = repeat_interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.unraisablehook = report
 
 
 def _prepare_streams() -> None:

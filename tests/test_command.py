@@ -68,6 +68,31 @@ def test_ctrl_c_at_any_moment_from_the_first_import_on_prints_no_traceback(name,
     trials(4)
 
 
+def test_a_ctrl_c_that_python_drops_comes_again():
+    """As where it hits a finaliser: Python would report it and go on."""
+    code = """
+import nanosophia.startup
+import signal, sys, time
+from nanosophia.command import command
+
+class Finalised:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        [None for _ in range(100)]
+
+@command()
+def main(argv):
+    Finalised()
+    time.sleep(60)
+    print("went on")
+
+main([])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def wait_for_startup(process) -> None:
     """Waits until Python handles Ctrl-C and the command's first import has set that aside."""
     handled, until = False, time.monotonic() + 2

@@ -284,7 +284,7 @@ def summarize(contender: Contender, first: Contender, peak: float | None) -> dic
         ratio=median(ratios), least=min(ratios), most=max(ratios),
         tokens_per_second=tokens_per_second,
         tflop=run.model.flops_per_token() * run.config.tokens_per_step
-        * (1 + estimate_share(run.config, run.estimator)) / 1e12,
+        * (1 + estimate_share(run.config, run.estimator, run.model.flops_per_token())) / 1e12,
         mfu=tokens_per_second * run.model.flops_per_token() / peak if peak else None,
         data_wait=median(s / wall for s, wall in zip(contender.data_waits, walls, strict=True)),
         # The very first step and the first of a cycle both have an estimate; one also compiles.

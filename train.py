@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +65,7 @@ from nanosophia.guard import (
     require_finite_parameters,
     skip_if_nonfinite,
 )
+from nanosophia.memory import largest_estimate_rows
 from nanosophia.metrics import Clock, Health, Recorder, measure
 from nanosophia.optimizers import build, settings_warnings
 from nanosophia.options import Config
@@ -145,7 +146,10 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
         all_reduce=sum_over_ranks if ranks.world_size > 1 else None,
         sharded_gradient=sharded_gradient(model, ranks) if sharded else None)
 
-    chunks = ranks.chunks(config.hessian_batch_size, config.hessian_chunks, config.batch_size)
+    estimate_rows = largest_estimate_rows(
+        replace(config, loss_chunk=chunk), model.num_params(non_embedding=False),
+        estimator is not None and estimator.second_derivatives)
+    chunks = ranks.chunks(config.hessian_batch_size, config.hessian_chunks, estimate_rows)
 
     def estimates(step: int) -> bool:
         return estimator is not None and (step % config.hessian_interval == 0 or step == fresh_from)

@@ -12,7 +12,9 @@ if __name__ == "__main__":
     import nanosophia.startup  # noqa: F401
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from nanosophia.configurator import ConfigError, load
 from nanosophia.dataloader import DataError, open_dataset
 from nanosophia.distributed import Ranks
 from nanosophia.estimators import Estimator
+from nanosophia.memory import estimate_bytes, largest_estimate_rows, step_bytes
 from nanosophia.metrics import peak_flops
 from nanosophia.optimizers import build, check, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
@@ -47,19 +50,24 @@ class Plan(NamedTuple):
     flops_per_token: int
     estimate_share: float  # of the training FLOPs, that estimates add
     estimates: bool
+    second_derivatives: bool
     data_tokens: int | None
     num_classes: int
     is_prepared: bool
 
 
 class Memory(NamedTuple):
-    """Bytes on each rank at the peak of a step."""
+    """Bytes on each rank at the peak of a step, which is that of training or of the estimate."""
 
     parameters: int
-    gradients: int
     state: int
-    estimate: int
-    activations: int
+    training: int  # gradients and activations
+    estimate: int  # tensors per parameter and activations
+
+    @property
+    def peak(self) -> int:
+        """Returns the bytes at the worst moment."""
+        return self.parameters + self.state + max(self.training, self.estimate)
 
 
 def plan(config: Config) -> Plan:
@@ -83,68 +91,64 @@ def plan(config: Config) -> Plan:
     optimizer.step()
     state = sum(x.nbytes for values in optimizer.state.values() for x in values.values()
                 if isinstance(x, torch.Tensor))
-    share = estimate_share(config, estimator)
+    share = estimate_share(config, estimator, model.flops_per_token())
     return Plan(config, model.num_params(non_embedding=False),
                 sum(p.numel() for p in model.transformer.h[0].parameters()), state,
-                model.flops_per_token(), share, estimator is not None, tokens, vocab_size,
+                model.flops_per_token(), share, estimator is not None,
+                estimator is not None and estimator.second_derivatives, tokens, vocab_size,
                 is_prepared)
 
 
-def estimate_share(config: Config, estimator: Estimator | None) -> float:
+def estimate_share(config: Config, estimator: Estimator | None, flops_per_token: int) -> float:
     """Returns what the curvature estimates of an average step compute, over its training FLOPs.
 
     A row costs one gradient pass, in Hutchinson's estimate three: forward, backward, and the
-    backward of both, which is twice as much as they (torch's flop counter says 3.00 too).
+    backward of both, which is twice as much as they. In it attention, 12 L d T per token of the
+    training FLOPs, is computed anew, which costs it two passes more (torch's flop counter agrees).
     """
     if estimator is None:
         return 0.0
-    passes = 3 if estimator.second_derivatives else 1
-    return passes * config.hessian_batch_size / config.total_batch_size / config.hessian_interval
+    c, passes = config, 1.0
+    if estimator.second_derivatives:
+        attention = 12 * c.n_layer * c.n_embd * c.block_size / flops_per_token
+        passes = 3 + (0 if c.dropout else 2 * attention)
+    return passes * c.hessian_batch_size / c.total_batch_size / c.hessian_interval
 
 
-def rows_per_rank(config: Config, gpus: int) -> int:
+def training_rows(config: Config, gpus: int) -> int:
     """Returns the sequences of the largest micro-batch on each of so many GPUs."""
-    last = Ranks(gpus - 1, gpus, torch.device("meta"))  # whose share is none of the smaller ones
-    return max((part.stop - part.start for part in last.micro_batches(
-        config.total_batch_size, config.batch_size)), default=1)
+    return _largest(_last(gpus).micro_batches(config.total_batch_size, config.batch_size))
+
+
+def estimate_rows(plan: Plan, gpus: int) -> int:
+    """Returns the sequences of the largest micro-batch of an estimate, 0 without estimates."""
+    if not plan.estimates:
+        return 0
+    c = plan.config
+    rows = largest_estimate_rows(c, plan.parameters, plan.second_derivatives)
+    return _largest(chain(*_last(gpus).chunks(c.hessian_batch_size, c.hessian_chunks, rows)))
+
+
+def _last(gpus: int) -> Ranks:
+    """Returns the last of so many ranks, whose share of rows is none of the smaller ones."""
+    return Ranks(gpus - 1, gpus, torch.device("meta"))
+
+
+def _largest(parts: Iterable[slice]) -> int:
+    return max((part.stop - part.start for part in parts), default=1)
 
 
 def memory(plan: Plan, gpus: int) -> Memory:
     """Returns bytes per rank: float32 parameters, gradients, state; bfloat16 copies to compute."""
     config, N, B = plan.config, plan.parameters, plan.block_parameters
-    rows = rows_per_rank(config, gpus)
-    estimate = 4 * N if plan.estimates else 0
-    activations = activation_bytes(config) * rows + _chunk_bytes(config)
+    shards, copies, gathered = 1, 2 * N, 0
     if config.parallel == "fsdp" and gpus > 1:
-        gathered = 2 * (N - config.n_layer * B + 2 * B)  # the root's, this block's and the next's
-        return Memory(4 * N // gpus + gathered, 4 * N // gpus + gathered,
-                      plan.state_bytes // gpus, estimate // gpus, activations)
-    return Memory(4 * N + 2 * N, 4 * N, plan.state_bytes, estimate, activations)
-
-
-def activation_bytes(config: Config) -> int:
-    """Returns the bytes that the backward pass needs of one sequence under bfloat16 autocast.
-
-    Per token and block, in units of n_embd: two float32 inputs of layer norms (8), their outputs
-    (4), q, k, v (6) and the attention's output (2), both sides of the GELU (16), all in bfloat16
-    but the first; and 4 bytes per head. Checkpointing keeps a block's float32 input and one block.
-    The head: its input twice (6), logits in bfloat16 and float32, their softmax in float32; with
-    `loss_chunk` these are not each sequence's.
-    """
-    c = config
-    block = c.block_size * (36 * c.n_embd + 4 * c.n_head + 16)
-    blocks = c.n_layer * 4 * c.block_size * c.n_embd + block if c.activation_checkpointing else \
-        c.n_layer * block
-    logits = 0 if c.loss_chunk else 2 + 4 + 4
-    return blocks + c.block_size * (6 * c.n_embd + logits * c.vocab_size)
-
-
-def _chunk_bytes(config: Config) -> int:
-    """Returns the bytes of a loss in chunks: logits, probabilities, gradients of both factors."""
-    c = config
-    if not c.loss_chunk:
-        return 0
-    return c.vocab_size * (c.loss_chunk * (2 + 4 + 2) + 4 * c.n_embd)
+        shards, copies = gpus, 2 * (N - config.n_layer * B + 2 * B)  # the root's and two blocks'
+        gathered = copies  # gradients, before they are reduced
+    training = step_bytes(config, N // shards, training_rows(config, gpus)) + gathered
+    estimate = estimate_bytes(config, N // shards, estimate_rows(plan, gpus),
+                              plan.second_derivatives) + gathered if plan.estimates else 0
+    return Memory(4 * N // shards + copies, plan.state_bytes // shards, training, estimate)
 
 
 def days(plan: Plan, gpus: int) -> float:
@@ -187,17 +191,21 @@ def report(config: Config) -> str:
         lines.append(f"        not prepared here: taken for the {p.num_classes:,} classes {known}")
     if p.estimates:
         lines.append(f"estimates add {p.estimate_share:.1%} to the FLOPs")
-    lines += ["", f"GiB per rank under --parallel={c.parallel}, and days on {c.dry_run_gpu}s at "
-                  f"{c.dry_run_mfu:.0%} of their peak:", "",
-              f"{'GPUs':>5} {'rows':>5} {'param.':>7} {'grad.':>7} {'state':>7} {'estim.':>7} "
-              f"{'activ.':>7} {'total':>7} {'days':>9}"]
+    lines += ["", f"GiB per rank under --parallel={c.parallel}: the peak is parameters, state and the",
+              "larger of training and estimate; rows are those of their micro-batches. Days on",
+              f"{c.dry_run_gpu}s at {c.dry_run_mfu:.0%} of their peak.", "",
+              f"{'GPUs':>5} {'rows':>8} {'param.':>7} {'state':>7} {'training':>9} "
+              f"{'estimate':>9} {'peak':>7} {'days':>9}"]
     for gpus in GPUS:
         if reason := refusal(c, gpus):
             lines.append(f"{gpus:>5} refused: {reason}")
             continue
         m = memory(p, gpus)
-        cells = " ".join(f"{x / GIB:7.3g}" for x in (*m, sum(m)))
-        lines.append(f"{gpus:>5} {rows_per_rank(c, gpus):>5} {cells} {days(p, gpus):9.3g}")
+        rows = f"{training_rows(c, gpus)}, {estimate_rows(p, gpus)}" if p.estimates else \
+            f"{training_rows(c, gpus)}"
+        lines.append(f"{gpus:>5} {rows:>8} {m.parameters / GIB:7.3g} {m.state / GIB:7.3g} "
+                     f"{m.training / GIB:9.3g} {m.estimate / GIB:9.3g} {m.peak / GIB:7.3g} "
+                     f"{days(p, gpus):9.3g}")
     uneven = [str(gpus) for gpus in GPUS if c.total_batch_size % gpus and not refusal(c, gpus)]
     if uneven:
         near = [g for g in range(1, GPUS[-1] + 1) if c.total_batch_size % g == 0][-6:]
@@ -216,7 +224,7 @@ def table(configs: dict[str, Config]) -> str:
         p = plan(config)
         c = p.config
         epoch = f"{p.data_tokens // c.tokens_per_step:,}" if p.data_tokens else "?"
-        room = ", ".join("-" if refusal(c, g) else f"{sum(memory(p, g)) / GIB:.3g}" for g in GPUS)
+        room = ", ".join("-" if refusal(c, g) else f"{memory(p, g).peak / GIB:.3g}" for g in GPUS)
         eight, many = ("-" if refusal(c, g) else f"{days(p, g):,.3g}" for g in (8, 64))
         lines.append(
             f"| {name} | {p.parameters / 1e6:,.1f}M | {p.flops_per_token / 1e9:.2f} | "

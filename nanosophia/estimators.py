@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanosophia.attention import TwiceDifferentiableAttention
 from nanosophia.options import Config
 from sophia import AllReduce, Losses, hutchinson, summed_gradient
 
@@ -87,8 +88,9 @@ def hutchinson_estimator(config: Config, params: list[Tensor], num_classes: int,
             logits = forward(inputs[rows]).flatten(0, 1)  # (n, V)
             return F.cross_entropy(logits, targets[rows].flatten(), reduction="sum")
 
-        hhat = hutchinson(chain(*_losses(summed_loss, chunks)), params,
-                          generator=torch.Generator(params[0].device).manual_seed(seed))
+        with TwiceDifferentiableAttention():
+            hhat = hutchinson(chain(*_losses(summed_loss, chunks)), params,
+                              generator=torch.Generator(params[0].device).manual_seed(seed))
         count = (targets != -100).sum()
         if all_reduce is not None:
             all_reduce([*hhat, count])

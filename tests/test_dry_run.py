@@ -9,11 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import GPT, GPTConfig
-from nanosophia import dry_run
+from nanosophia import attention, dry_run
 from nanosophia.configurator import load
 from nanosophia.optimizers import build, with_own_defaults
 from nanosophia.options import Config
-from tests.conftest import Allocated
 
 CONFIGS = sorted(Path("config").glob("*.py"))
 
@@ -40,12 +39,14 @@ def test_the_counts_are_the_models_and_the_optimizers():
     assert dry_run.days(plan, 8) == pytest.approx(by_hand / (8 * 989e12 * 0.4) / 86400)
 
 
-@pytest.mark.parametrize("optimizer, passes", [("sophiag", 1), ("sophiah", 3)])
-def test_an_estimate_costs_the_flops_that_are_said(optimizer, passes):
-    """By torch's own counter, over those of the gradient pass."""
+@pytest.mark.parametrize("optimizer, dropout, least", [
+    ("sophiag", 0.0, 1), ("sophiah", 0.0, 3.4), ("sophiah", 0.1, 3)])
+def test_an_estimate_costs_the_flops_that_are_said(optimizer, dropout, least, monkeypatch):
+    """By torch's own counter, which knows no fused kernel of the CPU, over the gradient pass's."""
+    monkeypatch.setattr(attention, "FIRST_ORDER", [SDPBackend.MATH])
     config = resolved(f"--optimizer={optimizer}", "--n_layer=4", "--n_head=4", "--n_embd=64",
                       "--block_size=128", "--vocab_size=256", "--hessian_batch_size=2",
-                      "--batch_size=2")
+                      "--batch_size=2", f"--dropout={dropout}")
     model = GPT(config.model)
     _, estimator = build(config, model, num_classes=256)
     idx, counts = torch.zeros(2, 128, dtype=torch.long), []
@@ -55,9 +56,10 @@ def test_an_estimate_costs_the_flops_that_are_said(optimizer, passes):
             action()
         counts.append(counter.get_total_flops())
     assert counts[0] == pytest.approx(2 * 128 * model.flops_per_token(), rel=0.03)
+    share = dry_run.estimate_share(config, estimator, model.flops_per_token())
+    passes = share / (2 / 480 / 10)
     assert counts[1] / counts[0] == pytest.approx(passes, rel=0.01)
-    share = dry_run.estimate_share(config, estimator)
-    assert share == pytest.approx(passes * 2 / 480 / 10)
+    assert least <= passes < least + 0.1
 
 
 def test_a_vocabulary_that_is_not_known_is_not_guessed_in_silence(data_dir):
@@ -85,27 +87,11 @@ def test_state_on_the_meta_device_is_as_large_as_real_state(optimizer):
     assert dry_run.plan(config).state_bytes == size
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_the_forward_pass_leaves(checkpointing):
-    config = resolved("--n_layer=6", "--n_head=4", "--n_embd=128", "--block_size=256",
-                      "--vocab_size=512", f"--activation_checkpointing={checkpointing}")
-    model = GPT(GPTConfig(n_layer=6, n_head=4, n_embd=128, block_size=256, vocab_size=512))
-    model.activation_checkpointing = checkpointing
-
-    def left(rows: int) -> int:
-        idx = torch.zeros(rows, 256, dtype=torch.long)
-        with Allocated() as allocated, torch.autocast("cpu", torch.bfloat16):
-            loss = model(idx, idx)
-        size = allocated.alive()
-        assert loss.requires_grad
-        return size
-
-    measured = (left(5) - left(1)) / 4  # what grows with the rows: no weights
-    said = dry_run.activation_bytes(config)
-    if checkpointing:  # the block that is being recomputed comes in the backward pass
-        said -= 256 * (36 * 128 + 4 * 4 + 16)
-    # At the peak the logits themselves are there too, in bfloat16 and in float32.
-    assert said - 256 * 512 * 6 == pytest.approx(measured, rel=0.01)
+def test_sophia_h_fits_the_memory_of_the_papers_machines():
+    """770M on A100s of 40 GB; a tenth of it is left for what the dry run does not count."""
+    plan = dry_run.plan(resolved("config/train_gpt2_large_sophiah.py"))
+    assert dry_run.estimate_rows(plan, 8) == 1
+    assert dry_run.memory(plan, 8).peak < 0.9 * 40e9
 
 
 def test_ranks_that_train_would_refuse_are_named_and_uneven_ones_wait():
@@ -119,15 +105,6 @@ def test_ranks_that_train_would_refuse_are_named_and_uneven_ones_wait():
     assert dry_run.days(plan, 64) == pytest.approx(dry_run.days(plan, 1) * 8 / 480)
     assert dry_run.table(dict(x=resolved("--total_batch_size=4", "--hessian_batch_size=4",
                                          "--n_layer=2"))).splitlines()[2].endswith("| - | - |")
-
-
-def test_a_loss_in_chunks_takes_less_memory():
-    flags = ("config/train_gpt2_small_sophiag.py", "--batch_size=12")
-    whole, chunked = (dry_run.memory(dry_run.plan(resolved(*flags, *more)), 8).activations
-                      for more in ((), ("--loss_chunk=1024",)))
-    logits = 12 * 1024 * 50304 * 10
-    chunk = 50304 * (1024 * 8 + 4 * 768)
-    assert whole - chunked == logits - chunk > 0
 
 
 @pytest.mark.parametrize("flags, words", [

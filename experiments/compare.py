@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from experiments.archive import Remembering, Replaying, archive, command_line
 from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
 from experiments.runs import Result, RunSettings, RunSpec, by_name, mean, scaled_flags
 from nanosophia.command import command
@@ -247,14 +248,12 @@ def table_row(name: str, results: list[Result], target: float) -> TableRow:
         met=[r.steps_to(target) for r in results])
 
 
-def markdown(settings: CompareSettings, lengths: list[LengthResults]) -> str:
-    """Returns the report: the verdicts and the table."""
+def markdown(lengths: list[LengthResults]) -> str:
+    """Returns the verdicts and the table."""
     def text(loss: float | None) -> str:
         return "diverged" if loss is None else f"{loss:.4f}"
 
-    flags = f", flags {settings.flags}" if settings.flags else ""
-    lines = [f"Baseline {settings.baseline}, candidate {settings.candidate}{flags}.", "",
-             *[f"- {sentence}" for sentence in verdicts(lengths)], "",
+    lines = [*[f"- {sentence}" for sentence in verdicts(lengths)], "",
              "| | learning rate | steps | tokens | FLOPs | seconds | final val. loss by seed | "
              "mean | met the baseline's final loss at step |", "|---" * 9 + "|"]
     for row in table_rows(lengths):
@@ -262,7 +261,15 @@ def markdown(settings: CompareSettings, lengths: list[LengthResults]) -> str:
         lines.append(f"| {row.name} | {row.learning_rate:g} | {row.steps:,} | {row.tokens:,} | "
                      f"{row.flops:.3g} | {row.seconds:.0f} | "
                      f"{', '.join(map(text, row.losses))} | {text(row.mean)} | {met} |")
-    return "\n".join([*lines, "", "![losses](comparison.svg)", ""])
+    return "\n".join(lines)
+
+
+def remake(data: dict) -> str:
+    """Returns what `markdown` does of stored runs; raises ConfigError."""
+    settings = CompareSettings(**data["settings"])
+    windows = settings.config(settings.baseline).eval_windows
+    return f"validation on {windows:,} windows\n\n" + markdown(
+        run_comparison(Replaying(settings, data, "all")))
 
 
 def draw(lengths: list[LengthResults], file: Path) -> None:
@@ -324,11 +331,17 @@ def main(argv: list[str]) -> None:
     settings, _ = load(CompareSettings, argv, "python -m experiments.compare --baseline=CONFIG "
                                               "--candidate=CONFIG [--key=value]")
     pyplot()  # where matplotlib is missing, fail before the runs
-    lengths = run_comparison(settings)
-    text, out = markdown(settings, lengths), Path(settings.out_dir)
-    write_text(out / "comparison.md", text)
-    rows = [asdict(row) for row in table_rows(lengths)]
-    write_text(out / "comparison.json", json.dumps(rows, indent=1) + "\n")
+    runs = Remembering(settings)
+    lengths = run_comparison(runs)
+    flags = f", flags {settings.flags}" if settings.flags else ""
+    text, out = markdown(lengths), Path(settings.out_dir)
+    write_text(out / "comparison.md", f"Baseline {settings.baseline}, candidate "
+               f"{settings.candidate}{flags}.\n\n{text}\n\n![losses](comparison.svg)\n")
+    kept = {key: value for key, value in vars(settings).items() if key not in ("out_dir", "jobs")}
+    data = archive(command_line("experiments.compare", argv), {"all": runs.results.values()},
+                   experiment="compare", settings=kept,
+                   rows=[asdict(row) for row in table_rows(lengths)])
+    write_text(out / "comparison.json", json.dumps(data) + "\n")
     draw(lengths, out / "comparison.svg")
     print(text)
 

@@ -73,22 +73,28 @@ class RateSweep:
 def search(settings: GammaSettings) -> dict[str, float]:
     """Makes the runs; returns the settings found by their keys. Raises ConfigError."""
     flags = (*contender_flags(settings.config), *settings.extra)
-    config = RunSpec("", flags).config()
-    common = dict(log_interval=max(1, settings.steps // 50), eval_interval=settings.steps)
-    entry = OPTIMIZERS.get(config.optimizer)
-    if entry is not None and entry.is_sophia and not config.gamma_target \
-            and settings.steps < config.max_iters:
-        common["hessian_bias_correction"] = True
-
-    def short_run(name: str, **values) -> RunSpec:
-        return RunSpec(name, scaled_flags(flags, settings.steps, **common | values))
-
+    config, short_run = RunSpec("", flags).config(), short_runs(flags, settings.steps)
     found: dict[str, float] = {}
     if settings.find in ("gamma", "both"):
         found["gamma"] = find_gamma(settings, config, short_run)
     if settings.find in ("rate", "both"):
         found["learning_rate"] = find_rate(settings, config, short_run, found)
     return found
+
+
+def short_runs(flags: tuple[str, ...], steps: int) -> Callable[..., RunSpec]:
+    """Returns what makes a spec of so many steps from a name and settings; raises ConfigError."""
+    config = RunSpec("", flags).config()
+    common = dict(log_interval=max(1, steps // 50), eval_interval=steps)
+    if has_gamma(config) and steps < config.max_iters:
+        common["hessian_bias_correction"] = True
+    return lambda name, **values: RunSpec(name, scaled_flags(flags, steps, **common | values))
+
+
+def has_gamma(config: Config) -> bool:
+    """Returns whether the optimizer has one gamma, that its user sets."""
+    entry = OPTIMIZERS.get(config.optimizer)
+    return entry is not None and entry.is_sophia and not config.gamma_target
 
 
 def find_gamma(settings: GammaSettings, config: Config, short_run: Callable[..., RunSpec],
@@ -143,11 +149,16 @@ def find_rate(settings: GammaSettings, config: Config, short_run: Callable[..., 
     at_end = ", the lowest that was tried: raise --most" if sweep.best == sweep.lowest else ""
     print(f"learning rates: largest stable {sweep.largest_stable:.3g}, {end}, lowest loss "
           f"{sweep.best_loss:.4f} at {sweep.best:.3g}{at_end}")
-    if factors := SOPHIAS_RATE.get(config.optimizer):
-        rates = " to ".join(f"{factor * sweep.best:.3g}" for factor in factors)
-        print(f"by the paper's rule Sophia's rate is {' to '.join(map(str, factors))} times "
-              f"{config.optimizer}'s: {rates}")
+    print_transfer(config.optimizer, sweep.best)
     return float(f"{sweep.best:.3g}")
+
+
+def print_transfer(optimizer: str, rate: float) -> None:
+    """Prints Sophia's rate by the paper's rule, where there is one for this optimizer's."""
+    if factors := SOPHIAS_RATE.get(optimizer):
+        rates = " to ".join(f"{factor * rate:.3g}" for factor in factors)
+        print(f"by the paper's rule Sophia's rate is {' to '.join(map(str, factors))} times "
+              f"{optimizer}'s: {rates}")
 
 
 def sweep_lr(settings: RunSettings,

@@ -20,6 +20,7 @@ from statistics import median
 import torch
 
 from bench import environment, publish, time_action
+from experiments.archive import measured
 from model import GPT
 from nanosophia.baselines import Lion
 from nanosophia.command import command
@@ -135,7 +136,7 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(OptimizerStepsSettings, argv,
                        "python -m experiments.optimizer_steps [config/FILE.py] [--key=value]")
-    report = measure(settings)
+    report = measure(settings) | measured("optimizer_steps", argv)
     publish(report, table(report), settings.json)
 
 

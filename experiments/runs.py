@@ -227,18 +227,19 @@ def check_specs(specs: Sequence[RunSpec], out_dir: Path, ranks: int = 1) -> None
         config.check_world(ranks)
         optimizers.check(config, ranks)
         folder = out_dir / spec.name
-        if difference := _find_difference(asdict(config), folder):
+        try:
+            stored = read_config(folder)
+        except ConfigError:  # no run has begun there, or its first write was interrupted
+            continue
+        if difference := find_difference(asdict(config), stored):
             key, stored, asked = difference
             raise ConfigError(f"{folder} holds a run with other settings: {key} = {stored!r} "
                               f"there, {asked!r} here; give another --out_dir", "out_dir")
 
 
-def _find_difference(config: dict, folder: Path) -> tuple[str, object, object] | None:
-    """Returns (key, stored value, asked value) where the run in a folder has another setting."""
-    try:
-        stored = read_config(folder)
-    except ConfigError:  # no run has begun there, or its first write was interrupted
-        return None
+def find_difference(config: dict, stored: dict) -> tuple[str, object, object] | None:
+    """Returns (key, stored value, asked value) where a run's stored settings are not those asked
+    for."""
     for key, value in config.items():
         if key in stored and key not in ("out_dir", "init_from") and value != stored[key] \
                 and CHOSEN_BY_TRAIN.get(key) != value:

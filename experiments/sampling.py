@@ -19,6 +19,8 @@ from statistics import median
 
 import torch
 
+from bench import publish
+from experiments.archive import measured
 from model import GPT, GPTConfig
 from nanosophia.command import command
 from nanosophia.configurator import Settings, load, option
@@ -34,6 +36,7 @@ class SamplingSettings(Settings):
     top_k: int = option(200, "tokens are drawn from the k most likely", low=1)
     batch: int = option(10, "texts that are sampled together in the row `batch`", low=1,
                         high=10_000)
+    json: str = option("", "file that receives the measurements; empty = none")
 
 
 @torch.no_grad()
@@ -78,10 +81,8 @@ def copy_seconds(size: int) -> float:
     return min(seconds)
 
 
-@command()
-def main(argv: list[str]) -> None:
-    """Runs the command."""
-    settings, _ = load(SamplingSettings, argv, "python -m experiments.sampling [--key=value]")
+def measure(settings: SamplingSettings) -> dict:
+    """Times every way in turn; returns the report."""
     found = ways(settings)
     speeds, shares = ({name: [] for name in found} for _ in range(2))
     for _ in range(settings.rounds):
@@ -91,14 +92,29 @@ def main(argv: list[str]) -> None:
             per_token = (time.perf_counter() - start) / settings.max_new_tokens
             speeds[name].append(texts / per_token)
             shares[name].append(limit / per_token)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{settings.max_new_tokens} tokens\n\n"
-          "| way | tokens/s | over recomputing, by round | share of the copy limit |\n"
-          "|---|---|---|---|")
-    for name, measured in speeds.items():
-        ratios = [a / b for a, b in zip(measured, speeds["recompute"], strict=True)]
-        print(f"| {name} | {median(measured):.1f} | {', '.join(f'{r:.1f}' for r in ratios)} | "
-              f"{median(shares[name]):.0%} |")
+    rows = {name: dict(tokens_per_second=median(speed), share=median(shares[name]), ratios=[
+        a / b for a, b in zip(speed, speeds["recompute"], strict=True)])
+        for name, speed in speeds.items()}
+    return dict(threads=torch.get_num_threads(), tokens=settings.max_new_tokens, rows=rows)
+
+
+def table(report: dict) -> str:
+    """Returns the report as a Markdown table."""
+    lines = [f"{report['threads']} threads, {report['tokens']} tokens", "",
+             "| way | tokens/s | over recomputing, by round | share of the copy limit |",
+             "|---|---|---|---|"]
+    for name, row in report["rows"].items():
+        lines.append(f"| {name} | {row['tokens_per_second']:.1f} | "
+                     f"{', '.join(f'{r:.1f}' for r in row['ratios'])} | {row['share']:.0%} |")
+    return "\n".join(lines)
+
+
+@command()
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    settings, _ = load(SamplingSettings, argv, "python -m experiments.sampling [--key=value]")
+    report = measure(settings) | measured("sampling", argv)
+    publish(report, table(report), settings.json)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from statistics import median
 import torch
 
 from bench import publish
+from experiments.archive import measured
 from model import GPT, GPTConfig
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
@@ -181,7 +182,7 @@ def table(report: dict) -> str:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(SpeedSettings, argv, "python -m experiments.speed [--key=value]")
-    report = measure(settings)
+    report = measure(settings) | measured("speed", argv)
     publish(report, table(report), settings.json)
 
 

@@ -191,8 +191,8 @@ def report(config: Config) -> str:
         lines.append(f"        not prepared here: taken for the {p.num_classes:,} classes {known}")
     if p.estimates:
         lines.append(f"estimates add {p.estimate_share:.1%} to the FLOPs")
-    lines += ["", f"GiB per rank under --parallel={c.parallel}: the peak is parameters, state and the",
-              "larger of training and estimate; rows are those of their micro-batches. Days on",
+    lines += ["", f"GiB per rank under --parallel={c.parallel}: the peak is parameters, state and",
+              "the larger of training and estimate; rows are those of their micro-batches. Days on",
               f"{c.dry_run_gpu}s at {c.dry_run_mfu:.0%} of their peak.", "",
               f"{'GPUs':>5} {'rows':>8} {'param.':>7} {'state':>7} {'training':>9} "
               f"{'estimate':>9} {'peak':>7} {'days':>9}"]

@@ -17,6 +17,7 @@ from experiments import (
     compare,
     figures,
     gamma,
+    grid,
     optimizer_steps,
     runs,
     sampling,
@@ -85,6 +86,20 @@ def test_sign_descent_needs_the_root_of_the_condition_number_and_clipped_newton_
     assert len({theory.clipped_newton(10.0**d) for d in range(1, 7)}) == 1
     diagonal = [theory.diagonal_newton(10.0**d, 5000) for d in (1, 2, 3, 4)]
     assert diagonal[0] * 5 < diagonal[1] and diagonal[1] * 5 < diagonal[2] and diagonal[3] is None
+
+
+def test_clipped_newton_crosses_concave_parts_within_the_bound_of_g17():
+    x = torch.linspace(-5, 5, 100, dtype=torch.float64, requires_grad=True)
+    value, *derivatives = theory.valley(x)
+    for expected in derivatives:  # against autograd's
+        value, = torch.autograd.grad(value.sum(), x, create_graph=True)
+        torch.testing.assert_close(value, expected)
+    assert (derivatives[1] < 0).any() and (derivatives[0] * x > 0).all()  # one minimum, at 0
+    for condition in (1.0, 1e4):
+        steps, bound = theory.sophia_in_valleys(condition)
+        assert 85 <= steps <= 91 < bound
+    assert theory.gradient_in_valleys(10.0, 500) > 5 * theory.gradient_in_valleys(1.0, 500)
+    assert theory.gradient_in_valleys(1000.0, 500) is None
 
 
 def test_both_pictures_are_drawn(tmp_path, capsys):
@@ -224,7 +239,8 @@ def test_no_verdict_is_given_where_a_run_diverged(quick, tmp_path, capsys):
     baseline, candidate, out = contenders(quick, tmp_path)
     compare.main([baseline, candidate.replace("rate=1e-2", "rate=1e38,weight_decay=1"), out])
     assert "no verdict on 0.5 T, 1 of 2 runs diverged" in capsys.readouterr().out
-    table = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    data = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    table = data["rows"]
     assert table[-1]["losses"] == [None] and table[-1]["met"] == [None]
 
 
@@ -243,7 +259,7 @@ def test_compare_judges_half_the_steps_against_the_tuned_baseline(quick, tmp_pat
     compare.main([*contenders(quick, tmp_path), "--max_iters=6,12", "--rates=0.1,1,100",
                   "--ratios=0.5,1", "--seeds=2"])
     out = capsys.readouterr().out
-    table = json.loads((tmp_path / "comparison.json").read_text())
+    table = json.loads((tmp_path / "comparison.json").read_text())["rows"]
     names = [row["name"] for row in table]
     assert names.count("baseline, T = 6") == names.count("baseline, T = 12") == 1
     best = next(row for row in table if row["name"] == "baseline, T = 12")
@@ -410,6 +426,48 @@ def test_short_runs_correct_h_for_its_bias_unless_they_are_the_config_s_own(
         assert (told in capsys.readouterr().out) == (optimizer == "optimizer=adamw")
         assert {c.hessian_bias_correction for c in seen} == {corrected}
         assert {(c.grad_clip, c.seed, c.max_iters) for c in seen} == {(0.5, 3, steps)}
+
+
+def test_the_papers_grid_is_searched_setting_by_setting(tmp_path, monkeypatch, capsys):
+    """Losses are least at .95, .98, .1 and, of the gammas in range, at .02; 3e-3 blows up."""
+    seen = []
+
+    def run_all(self, specs):
+        found = []
+        for spec in specs:
+            c = spec.config()
+            seen.append(c)
+            loss = 2 + abs(c.beta1 - .95) + abs(c.beta2 - .98) + abs(c.weight_decay - .1) + c.gamma
+            result = recorded(tmp_path, [3] * 5 + [loss if c.learning_rate < 3e-3 else 9] * 6)
+            for record in result.records:
+                record["unclipped_fraction"] = 0.05 if c.gamma < .02 else 0.3
+                record["step"] *= 5000
+            object.__setattr__(result, "config", c)
+            found.append(result)
+        return found
+
+    monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
+    flags = ["--config=config/train_gpt2_30m_sophiag.py,gamma=0.01", f"--out_dir={tmp_path}"]
+    grid.main([*flags, "--dry_run"])
+    assert "25 + 4 + 6 runs over beta1 x beta2; weight_decay; gamma, and up to 20" in \
+        capsys.readouterr().out and not seen
+    grid.main(flags)
+    out = capsys.readouterr().out
+    assert out.splitlines()[-5:-1] == [
+        "beta1 = 0.95", "beta2 = 0.98", "weight_decay = 0.1", "gamma = 0.02"]
+    rate = float(out.splitlines()[-1].removeprefix("learning_rate = "))
+    assert rate < 3e-3 <= 1.25 * rate * 1.001
+    assert "| 0.95 | 0.98 | 2." in out and {c.max_iters for c in seen} == {50_000}
+    assert {c.gamma for c in seen[:29]} == {0.01} and len(seen) == 35 + len(
+        {c.learning_rate for c in seen})
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "config is not given"),
+    (["--config=config/quickstart.py", "--beta1=a"], "beta1 = 'a' is not a list of positive"),
+    (["--config=config/quickstart_adamw.py", "--beta2=1.5"], "beta2 = 1.5 must be")])
+def test_the_grid_refuses_mistakes_in_words(refused, flags, words, tmp_path):
+    assert words in refused(grid.main, [*flags, f"--out_dir={tmp_path}"])
 
 
 def test_gamma_and_rate_are_printed_as_config_lines(quick, tmp_path, capsys):

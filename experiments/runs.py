@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The only values that a spec may give to these settings: an experiment's runs train, from scratch.
 ALLOWED_VALUES = dict(init_from=("scratch", "auto"), eval_only=(False,), dry_run=(False,))
 # These values leave the choice to train.py, so any value that a run has chosen agrees with them.
-CHOSEN_BY_TRAIN = dict(vocab_size=0, dtype="auto")
+CHOSEN_BY_TRAIN = dict(vocab_size=0, dtype="auto", batch_size=0)
 
 
 class RunError(UserError):

@@ -24,7 +24,7 @@ from model import GPT
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load
 from nanosophia.dataloader import DataError, open_dataset
-from nanosophia.distributed import Ranks
+from nanosophia.distributed import Ranks, on_main
 from nanosophia.estimators import Estimator
 from nanosophia.memory import estimate_bytes, largest_estimate_rows, step_bytes
 from nanosophia.metrics import peak_flops
@@ -34,6 +34,8 @@ from nanosophia.tokenizer import GPT2_CLASSES
 
 GPUS = (1, 8, 10, 64, 256)  # 10: the paper's machines of A5000s
 GIB = 2**30
+HOST_ROWS = 15  # of a micro-batch where there is no GPU
+MOST = 0.9  # of a device's memory; the rest is for what is not counted here
 # Tokens of training data where it is not prepared here: nanoGPT's README; Biderman et al. 2023,
 # arXiv:2304.01373, section 2.1.
 PUBLISHED_TOKENS = {"openwebtext": 9_035_582_198, "pile": 300_000_000_000}
@@ -129,6 +131,46 @@ def estimate_rows(plan: Plan, gpus: int) -> int:
     return _largest(chain(*_last(gpus).chunks(c.hessian_batch_size, c.hessian_chunks, rows)))
 
 
+def fitted(plan: Plan, gpus: int, room: float = 0) -> Plan:
+    """Returns the plan with a batch_size where it has none: the largest that so many ranks may have
+    and whose peak is at most `room` bytes, by default nine tenths of dry_run_memory.
+
+    Where not even one sequence fits, it is 1.
+    """
+    c = plan.config
+    if c.batch_size:
+        return plan
+    room = room or MOST * c.dry_run_memory * GIB
+    for rows in range(-(-c.total_batch_size // gpus), 0, -1):
+        plan = plan._replace(config=replace(c, batch_size=rows))
+        if not refusal(plan.config, gpus) and memory(plan, gpus).peak <= room:
+            break
+    return plan
+
+
+def choose_batch_size(config: Config, ranks: Ranks) -> tuple[Config, list[str]]:
+    """Chooses batch_size where it is 0, on a GPU by its free memory; returns a note as well.
+
+    In float32 all is taken for twice as large as in bfloat16.
+    """
+    if config.batch_size:
+        return config, []
+    free = on_main(ranks, lambda: free_bytes(ranks.device))
+    if free is None:
+        rows = min(HOST_ROWS, -(-config.total_batch_size // ranks.world_size))
+        return replace(config, batch_size=rows), []
+    room = MOST * free / dict(float32=2, float64=4).get(config.dtype, 1)
+    rows = fitted(plan(config), ranks.world_size, room).config.batch_size
+    return replace(config, batch_size=rows), [
+        f"batch_size = {rows} is the largest that fits the {free / GIB:.1f} GiB which are free, by "
+        "the count of --dry_run; where memory runs out, give a lower one, or --loss_chunk=1024"]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Returns the free memory of a CUDA device, None of others, where memory is the host's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def _last(gpus: int) -> Ranks:
     """Returns the last of so many ranks, whose share of rows is none of the smaller ones."""
     return Ranks(gpus - 1, gpus, torch.device("meta"))
@@ -200,9 +242,10 @@ def report(config: Config) -> str:
         if reason := refusal(c, gpus):
             lines.append(f"{gpus:>5} refused: {reason}")
             continue
-        m = memory(p, gpus)
-        rows = f"{training_rows(c, gpus)}, {estimate_rows(p, gpus)}" if p.estimates else \
-            f"{training_rows(c, gpus)}"
+        fit = fitted(p, gpus)
+        m, rows = memory(fit, gpus), f"{training_rows(fit.config, gpus)}"
+        if p.estimates:
+            rows += f", {estimate_rows(fit, gpus)}"
         lines.append(f"{gpus:>5} {rows:>8} {m.parameters / GIB:7.3g} {m.state / GIB:7.3g} "
                      f"{m.training / GIB:9.3g} {m.estimate / GIB:9.3g} {m.peak / GIB:7.3g} "
                      f"{days(p, gpus):9.3g}")
@@ -224,7 +267,8 @@ def table(configs: dict[str, Config]) -> str:
         p = plan(config)
         c = p.config
         epoch = f"{p.data_tokens // c.tokens_per_step:,}" if p.data_tokens else "?"
-        room = ", ".join("-" if refusal(c, g) else f"{memory(p, g).peak / GIB:.3g}" for g in GPUS)
+        room = ", ".join("-" if refusal(c, g) else f"{memory(fitted(p, g), g).peak / GIB:.3g}"
+                         for g in GPUS)
         eight, many = ("-" if refusal(c, g) else f"{days(p, g):,.3g}" for g in (8, 64))
         lines.append(
             f"| {name} | {p.parameters / 1e6:,.1f}M | {p.flops_per_token / 1e9:.2f} | "

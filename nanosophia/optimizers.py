@@ -113,7 +113,7 @@ def _check_sharding(config: Config, entry: "OptimizerSpec", world_size: int) -> 
                           f"{entry.fsdp_refusal}; use --parallel=ddp", "parallel", "optimizer")
     for key in ("total_batch_size", "hessian_batch_size")[:2 if entry.estimator else 1]:
         rows = getattr(config, key)
-        if rows // world_size < -(-rows // (world_size * config.batch_size)):
+        if rows // world_size < -(-rows // (world_size * (config.batch_size or rows))):
             raise ConfigError(f"{key} = {rows} gives some of {world_size} ranks fewer micro-batches"
                               " than others, and parallel = fsdp needs them to run in step; choose "
                               f"a multiple of {world_size}, or use --parallel=ddp", key, "parallel")

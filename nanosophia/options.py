@@ -89,8 +89,8 @@ class Config(Settings, GPTOptions):
     sampling: Literal["epochs", "random"] = option(
         "epochs", "every window once before any again, or nanoGPT's random places")
     batch_size: int = option(
-        15, "most sequences per micro-batch and rank; a rank's rows are divided evenly", low=1,
-        high=1 << 20)
+        0, "most sequences per micro-batch and rank, whose rows are divided evenly; 0 = as many as "
+           "fit the GPU's memory by the dry run's count, elsewhere 15", low=0, high=1 << 20)
     total_batch_size: int = option(
         480, "sequences per step over all ranks and micro-batches", low=1, high=1 << 20)
 
@@ -150,6 +150,8 @@ class Config(Settings, GPTOptions):
     dry_run_gpu: Literal[
         "B200", "H200", "H100", "A100", "L40S", "A6000", "A5000", "A10", "L4", "RTX 4090",
         "RTX 3090", "V100", "T4"] = option("H100", "GPU whose peak the days assume")
+    dry_run_memory: float = option(80.0, "memory of such a GPU, into which batch_size = 0 must fit",
+                                   unit="GiB", above=0)
     dry_run_mfu: float = option(0.4, "fraction of that peak that training reaches", above=0, high=1)
 
     @property

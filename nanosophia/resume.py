@@ -31,6 +31,7 @@ from nanosophia.configurator import (
 )
 from nanosophia.dataloader import DataError, Dataset, open_dataset
 from nanosophia.distributed import Ranks, on_main, world_size
+from nanosophia.dry_run import choose_batch_size
 from nanosophia.files import reason, write_text
 from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
 from nanosophia.options import MODEL_KEYS, USAGE, Config, padded_vocab_size
@@ -44,7 +45,8 @@ RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer"}
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "checkpoint", "reset_optimizer", "device", "dtype",
               "parallel", "activation_checkpointing", "loss_chunk", "compile", "compile_optimizer",
-              "eval_only", "print_config", "dry_run", "dry_run_gpu", "dry_run_mfu"}
+              "eval_only", "print_config", "dry_run", "dry_run_gpu", "dry_run_memory",
+              "dry_run_mfu"}
 # Model settings that a user may override when starting from foreign weights.
 OVERRIDABLE_KEYS = {"activation", "dropout"}
 TOKENIZER_PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14 # 日本語 don't\t\t12345"
@@ -170,6 +172,8 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         require_tokenizer(weights.tokenizer, data, config.init_from)
     config = resolve_vocab_size(config, sources, data)
     _require_memory(config)
+    config, more = choose_batch_size(config, ranks)
+    notes += more
     if config.sample_tokens and not config.eval_only:
         data.encoding()  # a missing one fails now, not after training
     if config.parallel == "fsdp" and ranks.world_size > 1 and config.sample_tokens:
@@ -193,8 +197,9 @@ def _usable_compile_cache() -> list[str]:
 
 
 def resolve_fresh(config: Config, ranks: Ranks, data: Dataset) -> Config:
-    """Returns the config of a run without a checkpoint, with dtype and vocab_size resolved."""
-    return resolve_vocab_size(resolve_config(config, {}, None, ranks)[0], {}, data)
+    """Returns the config of a run without a checkpoint, with all that is derived resolved."""
+    config = resolve_vocab_size(resolve_config(config, {}, None, ranks)[0], {}, data)
+    return choose_batch_size(config, ranks)[0]
 
 
 def _find_checkpoint(config: Config) -> Checkpoint | None:

@@ -57,7 +57,7 @@ ALLOWED = {
     "guard": {"sophia", "configurator", "distributed"},
     "update_rules": {"sophia", "distributed"},
     "evaluation": {"dataloader", "distributed", "tokenizer"},
-    "resume": {"checkpoint", "configurator", "dataloader", "distributed", "files",
+    "resume": {"checkpoint", "configurator", "dataloader", "distributed", "dry_run", "files",
                "optimizers", "options", "precision", "schemas", "tokenizer", "weights"},
     "summary": {"model", "dataloader", "distributed", "generate", "options"},
     "precision": set(),

@@ -1,5 +1,6 @@
 """What --dry_run says, against what really happens."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import train
 from model import GPT, GPTConfig
 from nanosophia import attention, dry_run
 from nanosophia.configurator import load
+from nanosophia.distributed import Ranks
 from nanosophia.optimizers import build, with_own_defaults
 from nanosophia.options import Config
 
@@ -92,6 +94,40 @@ def test_sophia_h_fits_the_memory_of_the_papers_machines():
     plan = dry_run.plan(resolved("config/train_gpt2_large_sophiah.py"))
     assert dry_run.estimate_rows(plan, 8) == 1
     assert dry_run.memory(plan, 8).peak < 0.9 * 40e9
+
+
+@pytest.mark.parametrize("flags, free, rows", [
+    ("config/train_gpt2_small_sophiag.py", 8, (1, 20)), ("config/train_gpt2_small_adamw.py", 8, ()),
+    ("config/train_gpt2_small_sophiah.py", 8, ()), ("--parallel=fsdp", 1000, (60, 60)),
+    ("--dtype=float32 --n_layer=2", 4, ()), ("--n_layer=48 --n_embd=1600 --n_head=25", 2, (1, 1))])
+def test_without_a_batch_size_as_many_sequences_as_fit_are_taken(flags, free, rows, monkeypatch):
+    """As many, of those that eight ranks may have, and one where not even that fits."""
+    config = resolved(*flags.split(), "--batch_size=0", "--vocab_size=50304")
+    ranks = Ranks(0, 8, torch.device("cpu"))
+    monkeypatch.setattr(dry_run, "on_main", lambda ranks, action: action())
+    chosen, notes = dry_run.choose_batch_size(config, ranks)
+    assert chosen.batch_size == 15 and not notes  # without a GPU
+    monkeypatch.setattr(dry_run, "free_bytes", lambda device: free * 2**30)
+    chosen, notes = dry_run.choose_batch_size(config, ranks)
+    found = chosen.batch_size
+    assert f"batch_size = {found} is the largest that fits the {free}.0 GiB" in notes[0]
+    if rows:
+        assert rows[0] <= found <= rows[1]
+    room = 0.9 * free * 2**30 / (2 if config.dtype == "float32" else 1)
+    plan = dry_run.plan(config)
+    peaks = [dry_run.memory(plan._replace(config=dataclasses.replace(config, batch_size=n)), 8).peak
+             for n in (found, found + 1)]
+    assert peaks[0] <= room < peaks[1] or found in (1, 60)
+    assert dry_run.choose_batch_size(dataclasses.replace(config, batch_size=7), ranks) == (
+        dataclasses.replace(config, batch_size=7), [])
+
+
+def test_a_dry_run_without_a_batch_size_fills_the_memory_that_is_given():
+    lines = {line.split()[0]: line.split() for line in dry_run.report(resolved(
+        "config/train_gpt2_small_sophiag.py", "--batch_size=0", "--dry_run_memory=8")).splitlines()
+        if line[:5].strip().isdigit()}
+    assert all(float(line[-2]) <= 0.9 * 8 for line in lines.values())
+    assert int(lines["1"][1].rstrip(",")) == int(lines["8"][1].rstrip(",")) > 1
 
 
 def test_ranks_that_train_would_refuse_are_named_and_uneven_ones_wait():

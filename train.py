@@ -121,22 +121,10 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
     # number, even to its current value, disables that.
     torch.set_num_threads(torch.get_num_threads())
     torch.manual_seed(config.seed)
-    model = GPT(config.model)
-    model.activation_checkpointing = config.activation_checkpointing
-    if weights is not None:
-        weights.load_into(model)
-    if config.dtype == "float64":
-        model.double()
-    blocks = list(model.transformer.h)
+    model, chunk = build_model(config, ranks, weights)
     sharded = config.parallel == "fsdp" and ranks.world_size > 1
-    compiled = config.compiles("compile", ranks.device.type)
-    chunk = config.loss_chunk
-    if not chunk and not compiled and ranks.device.type == "cpu":
-        bytes_per_logit = 2 if config.dtype == "bfloat16" else 4
-        chunk = max(1, CPU_CHUNK_BYTES // (config.vocab_size * bytes_per_logit))
-    if chunk:
-        model.loss_fn = partial(chunked_cross_entropy, chunk=chunk)
-    if compiled:
+    blocks = list(model.transformer.h)
+    if config.compiles("compile", ranks.device.type):
         for part in blocks if sharded else [model]:
             part.compile()
     wrapped = wrap(model, ranks, sharded=sharded, blocks=blocks,
@@ -166,6 +154,24 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
                ranks.micro_batches(config.total_batch_size, config.batch_size), chunks,
                StepCounters(torch.zeros((), device=ranks.device)),
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
+
+
+def build_model(config: Config, ranks: Ranks, weights: Weights | None) -> tuple[GPT, int]:
+    """Returns the model, initialised or from `weights`, and the positions of a chunk of its loss, 0
+    without chunks."""
+    model = GPT(config.model)
+    model.activation_checkpointing = config.activation_checkpointing
+    if weights is not None:
+        weights.load_into(model)
+    if config.dtype == "float64":
+        model.double()
+    chunk, kind = config.loss_chunk, ranks.device.type
+    if not chunk and kind == "cpu" and not config.compiles("compile", kind):
+        bytes_per_logit = 2 if config.dtype == "bfloat16" else 4
+        chunk = max(1, CPU_CHUNK_BYTES // (config.vocab_size * bytes_per_logit))
+    if chunk:
+        model.loss_fn = partial(chunked_cross_entropy, chunk=chunk)
+    return model, chunk
 
 
 def restore(run: Run, checkpoint: Checkpoint, *, weights_only: bool = False) -> int:

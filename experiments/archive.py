@@ -100,12 +100,13 @@ def _columns(records: list[dict]) -> dict[str, list]:
     columns = {"step": [r["step"] for r in records]}
     for key in COLUMNS:
         if any(key in r for r in records):
-            columns[key] = [_number(r[key]) if key in r else None for r in records]
+            digits = 9 if key == "val/loss" else 6
+            columns[key] = [_number(r[key], digits) if key in r else None for r in records]
     return columns
 
 
-def _number(value: float | None) -> float | str:
-    return NOT_FINITE if value is None else float(f"{value:.9g}")
+def _number(value: float | None, digits: int) -> float | str:
+    return NOT_FINITE if value is None else float(f"{value:.{digits}g}")
 
 
 def circumstances() -> dict[str, str]:
@@ -121,5 +122,6 @@ def measured(experiment: str, argv: list[str]) -> dict:
 
 
 def command_line(module: str, argv: list[str]) -> str:
-    """Returns the command that ran, as a line to paste."""
-    return shlex.join(["python", "-m", module, *argv])
+    """Returns the command that ran, as a line to paste, without the places of its files."""
+    return shlex.join(["python", "-m", module, *(
+        arg for arg in argv if arg.partition("=")[0] not in ("--out_dir", "--json", "--jobs"))])

@@ -17,7 +17,8 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from copy import copy
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
     # number, even to its current value, disables that.
     torch.set_num_threads(torch.get_num_threads())
     torch.manual_seed(config.seed)
-    model, chunk = build_model(config, ranks, weights)
+    model = build_model(config, ranks, weights)
     sharded = config.parallel == "fsdp" and ranks.world_size > 1
     blocks = list(model.transformer.h)
     if config.compiles("compile", ranks.device.type):
@@ -135,7 +136,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
         sharded_gradient=sharded_gradient(model, ranks) if sharded else None)
 
     estimate_rows = largest_estimate_rows(
-        replace(config, loss_chunk=chunk), model.num_params(non_embedding=False),
+        config, model.num_params(non_embedding=False),
         estimator is not None and estimator.second_derivatives)
     chunks = ranks.chunks(config.hessian_batch_size, config.hessian_chunks, estimate_rows)
 
@@ -156,9 +157,8 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
 
 
-def build_model(config: Config, ranks: Ranks, weights: Weights | None) -> tuple[GPT, int]:
-    """Returns the model, initialised or from `weights`, and the positions of a chunk of its loss, 0
-    without chunks."""
+def build_model(config: Config, ranks: Ranks, weights: Weights | None) -> GPT:
+    """Returns the model, initialised or from `weights`, with the loss that suits the device."""
     model = GPT(config.model)
     model.activation_checkpointing = config.activation_checkpointing
     if weights is not None:
@@ -171,7 +171,7 @@ def build_model(config: Config, ranks: Ranks, weights: Weights | None) -> tuple[
         chunk = max(1, CPU_CHUNK_BYTES // (config.vocab_size * bytes_per_logit))
     if chunk:
         model.loss_fn = partial(chunked_cross_entropy, chunk=chunk)
-    return model, chunk
+    return model
 
 
 def restore(run: Run, checkpoint: Checkpoint, *, weights_only: bool = False) -> int:
@@ -236,7 +236,11 @@ def update_curvature(run: Run, step: int) -> None:
     config = run.config
     start, stop = row_range(run.chunks)
     idx, targets = inputs_and_targets(run.batches.rows(step, start, stop), run.ranks.device)
-    forward_fn = run.model.forward if run.estimator.second_derivatives else run.model
+    forward_fn = run.model
+    if run.estimator.second_derivatives:  # which recomputation in the backward pass would not save
+        model = copy(run.model)  # of the same parameters
+        model.activation_checkpointing = False
+        forward_fn = model.forward
     row = start
 
     def forward(idx: Tensor, *args, **kwargs) -> Tensor:

@@ -21,6 +21,8 @@ from nanosophia.options import Config
 COLUMNS = ("train/loss", "val/loss", "tokens_per_second", "unclipped_fraction", "norm_clip_rate",
            "curvature_fraction")  # of the records, that tables and pictures use
 NOT_FINITE = "not finite"  # where a record has null; a record without the number is null here
+OUTPUTS = ("--out_dir", "--json", "--jobs")
+INPUTS = ("--nanogpt",)
 OWN_PLACE = ("out_dir", "init_from")  # settings that say where a run was, not what
 
 
@@ -66,6 +68,9 @@ class Replaying:
                               f"{self.command}")
         run = self.runs[spec.name]
         config = self.common | run["config"]
+        if missing := asdict(spec.config()).keys() - config.keys() - set(OWN_PLACE):
+            raise ConfigError(f"the stored run {spec.name} does not say its {min(missing)}; make "
+                              f"the runs again: {self.command}")
         if difference := find_difference(asdict(spec.config()), config):
             key, stored, asked = difference
             raise ConfigError(f"the stored run {spec.name} has {key} = {stored!r}, and {asked!r} "
@@ -122,6 +127,12 @@ def measured(experiment: str, argv: list[str]) -> dict:
 
 
 def command_line(module: str, argv: list[str]) -> str:
-    """Returns the command that ran, as a line to paste, without the places of its files."""
-    return shlex.join(["python", "-m", module, *(
-        arg for arg in argv if arg.partition("=")[0] not in ("--out_dir", "--json", "--jobs"))])
+    """Returns the command that ran, as a line to paste; places of files are left to its user."""
+    flags = []
+    for arg in argv:
+        key, _, _ = arg.partition("=")
+        if key in INPUTS:
+            flags.append(f"{key}=FOLDER")
+        elif key not in OUTPUTS:
+            flags.append(shlex.quote(arg))
+    return " ".join(["python", "-m", module, *flags])

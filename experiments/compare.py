@@ -123,8 +123,8 @@ def parse_numbers(settings: CompareSettings, key: str, *, may_be_empty: bool = F
     except ValueError:
         numbers = [math.nan]  # refused below
     if not (numbers or may_be_empty) or not all(0 < x <= 2**53 for x in numbers):
-        raise ConfigError(f"{key} = {text!r} is not a list of positive numbers; write it like "
-                          f"--{key}=1,2", key)
+        raise ConfigError(f"{key} = {text!r} is not a list of positive numbers; separate them by "
+                          "commas", key)
     return numbers
 
 

@@ -66,26 +66,30 @@ def list_runs(settings: FigureSettings) -> str:
         FIGURES[settings.figure](Listing(settings))
     except Listed as listed:
         specs = listed.specs
+    settings.check_specs(specs)
     ladders = " Each is the first of a ladder of rates by factors of 2 or 4, five to eight runs." \
         if settings.figure in ("6b", "7a", "7c") else ""
+    seeds = f" for each of {settings.seeds} seeds" if settings.seeds > 1 else ""
     gpus, lines, total = settings.nproc_per_node, [], 0.0
     for spec in specs:
         config = spec.config()
         plan = dry_run.plan(config)
         days = dry_run.days(plan, gpus)
-        total += days
+        total += days * settings.seeds
         flops = plan.flops_per_token * (1 + plan.estimate_share) * config.tokens_per_step \
             * config.max_iters
         lines.append(f"| {spec.name} | {' '.join(spec.flags)} | {flops:.3g} | {days:.3g} |")
     return "\n".join([
-        f"Figure {settings.figure}, preset {settings.preset}: {len(specs)} runs, {total:.3g} days "
-        f"on {gpus} x {config.dry_run_gpu} at {config.dry_run_mfu:.0%} of the peak.{ladders}", "",
+        f"Figure {settings.figure}, preset {settings.preset}: {len(specs)} runs{seeds}, "
+        f"{total:.3g} days on {gpus} x {config.dry_run_gpu} at {config.dry_run_mfu:.0%} of the "
+        f"peak.{ladders}", "",
         f"| run | settings | FLOPs | days on {gpus} |", "|---|---|---|---|", *lines])
 
 
 def of_seed(settings: FigureSettings, number: int) -> tuple[int, FigureSettings]:
     """Returns the number-th seed from the runs' own on, and settings for runs with it."""
-    seed = RunSpec("", settings.extra).config().seed + number
+    given = [flag for flag in settings.extra if flag.startswith("--seed")]
+    seed = RunSpec("", tuple(given)).config().seed + number
     if number == 0:
         return seed, settings
     return seed, replace(settings, flags=f"{settings.flags} --seed={seed}",

@@ -35,6 +35,7 @@ from nanosophia.options import Config
 
 RANGE = (0.1, 0.5)  # of unclipped coordinates, the paper's section 3.1
 BLOW_UP = 1.25  # times the lowest loss
+RECORDS = 50  # of a short run
 AVERAGED = 5  # records, so that one easy or hard batch decides nothing
 WORSE = 1.01  # times the best loss; smaller differences are noise of seeds and rounding
 
@@ -85,7 +86,7 @@ def search(settings: GammaSettings) -> dict[str, float]:
 def short_runs(flags: tuple[str, ...], steps: int) -> Callable[..., RunSpec]:
     """Returns what makes a spec of so many steps from a name and settings; raises ConfigError."""
     config = RunSpec("", flags).config()
-    common = dict(log_interval=max(1, steps // 50), eval_interval=steps)
+    common = dict(log_interval=max(1, steps // RECORDS), eval_interval=steps)
     if has_gamma(config) and steps < config.max_iters:
         common["hessian_bias_correction"] = True
     return lambda name, **values: RunSpec(name, scaled_flags(flags, steps, **common | values))

@@ -3,9 +3,9 @@
     python -m experiments.report            rewrites
     python -m experiments.report --verify   changes nothing; exits with 1 where a table differs
 
-A table stands in a Markdown file between the comments <!-- NAME --> and <!-- end -->, and is made
-from results/runs/NAME.json by the code that the experiment itself prints it with, so that figures
-and prose cannot part from what was measured. The command that made the JSON is in it.
+A table that stands in a Markdown file between the lines <!-- NAME --> and <!-- end --> is made from
+results/runs/NAME.json by the code that the experiment itself prints it with. Above it stand the
+command, date and versions that the JSON names. Other tables and the prose are left as they are.
 """
 
 if __name__ == "__main__":
@@ -23,7 +23,9 @@ from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
 from nanosophia.files import read_bytes, write_text
 
-BLOCK = re.compile(r"<!-- ([\w.-]+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+# A line that names a table, what follows up to the next such line, and the line that ends it.
+BLOCK = re.compile(r"^<!-- (?!end -->)([\w.-]+) -->\r?\n((?:(?!<!-- ).*\r?\n)*)<!-- end -->[ \t]*$",
+                   re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ def block(path: Path) -> str:
         head = (f"`{data['command']}`, {made['date']}, torch {made['torch']}, Python "
                 f"{made['python']}, {made['machine']}; ")
         return head + remake(data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not what an experiment wrote: {error!r}; run the experiment "
                           "again") from None
 
@@ -62,29 +66,43 @@ def rewrite(text: str, runs: Path, used: set[str]) -> str:
     def remade(found: re.Match) -> str:
         name = found[1]
         used.add(name)
-        return f"<!-- {name} -->\n{block(runs / f'{name}.json')}\n<!-- end -->\n"
+        return f"<!-- {name} -->\n{block(runs / f'{name}.json')}\n<!-- end -->"
 
     return BLOCK.sub(remade, text)
+
+
+def pages(results: Path) -> dict[Path, str]:
+    """Returns the Markdown files of a folder; raises ConfigError."""
+    found = {}
+    for path in sorted(results.glob("*.md")):
+        try:
+            found[path] = read_bytes(path).decode()
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}", "results") from None
+    if not found:
+        raise ConfigError(f"{results} holds no Markdown files; give their folder as --results",
+                          "results")
+    return found
 
 
 @command()
 def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(ReportSettings, argv, "python -m experiments.report [--key=value]")
-    results, used, differing = Path(settings.results), set(), []
-    for path in sorted(results.glob("*.md")):
-        old = read_bytes(path).decode()
-        if (new := rewrite(old, results / "runs", used)) != old:
-            differing.append(path.name)
-            if not settings.verify:
-                write_text(path, new)
+    results, used = Path(settings.results), set()
+    old = pages(results)
+    new = {path: rewrite(text, results / "runs", used) for path, text in old.items()}
     there = {path.stem for path in (results / "runs").glob("*.json")}
     if there - used:
         raise ConfigError(f"no table in {results} is named {min(there - used)}, which is in "
-                          f"{results / 'runs'}; write <!-- NAME --> and <!-- end --> there")
+                          f"{results / 'runs'}; write <!-- NAME --> and <!-- end --> there, a line "
+                          "each")
+    differing = [path for path in old if new[path] != old[path]]
     if settings.verify and differing:
-        raise UserError(f"{', '.join(differing)}: tables differ from what their runs give; run "
-                        "python -m experiments.report")
+        raise UserError(f"{', '.join(path.name for path in differing)}: tables differ from what "
+                        "their runs give; run python -m experiments.report")
+    for path in differing:
+        write_text(path, new[path])
     print(f"{len(used)} tables; {len(differing)} files "
           f"{'differ' if settings.verify else 'changed'}")
 

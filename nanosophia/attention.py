@@ -21,18 +21,20 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v
 class TwiceDifferentiableAttention(TorchFunctionMode):
     """Context in which F.scaled_dot_product_attention recomputes for its second derivative.
 
-    Calls with dropout or a mask, whose random numbers and gradients would need more, are left as
-    they are.
+    Calls with dropout or a mask, whose random numbers and gradients would need more, and calls
+    whose tensors are not (B, n_head, T, hs) with one B are left as they are.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or len(args) != 3 \
-                or kwargs.get("dropout_p") or kwargs.get("attn_mask") is not None:
+                or kwargs.get("dropout_p") or kwargs.get("attn_mask") is not None \
+                or any(x.dim() != 4 for x in args) or len({len(x) for x in args} - {0}) != 1:
             return func(*args, **kwargs)
         device = args[0].device.type
         if torch.is_autocast_enabled(device):  # it does not reach the backward passes
-            args = tuple(x.to(torch.get_autocast_dtype(device)) for x in args)
+            dtype = torch.get_autocast_dtype(device)
+            args = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in args)
         return _Attention.apply(*args, lambda q, k, v: func(q, k, v, **kwargs))
 
 
@@ -64,6 +66,8 @@ class _AttentionGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents: Tensor):
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("attention that recomputes has no third derivative")
         rows = [_second_derivative(ctx.attention, row[:4], row[4:]) for row in zip(
             *(x.split(1) for x in (*ctx.saved_tensors, *cotangents)), strict=True)]
         return *(torch.cat(parts) for parts in zip(*rows, strict=True)), None

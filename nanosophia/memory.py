@@ -75,7 +75,7 @@ def largest_estimate_rows(config: Config, parameters: int, second_derivatives: b
     """Returns the sequences of an estimate's largest micro-batch: batch_size, or fewer where a
     twice differentiated pass would need more memory than a training step.
 
-    At least one. It does not depend on the number of ranks.
+    At least one. It depends neither on the device nor on the number of ranks.
     """
     rows, limit = config.batch_size, step_bytes(config, parameters, config.batch_size)
     while second_derivatives and rows > 1 and \

@@ -105,6 +105,16 @@ def test_attention_that_recomputes_has_the_derivatives_of_the_math_kernel():
             found = second(**options)
         for x, y in zip(expected, found, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        single = torch.autograd.grad(loss(**options), q, create_graph=True)[0]
+        with TwiceDifferentiableAttention():
+            first, = torch.autograd.grad(loss(**options), q, create_graph=True)
+            with pytest.raises(RuntimeError, match="no third derivative"):
+                torch.autograd.grad(first.sum(), q, create_graph=True)
+        torch.testing.assert_close(first, single)
+    q2, k2, v2 = (x.detach()[0, 0].requires_grad_() for x in (q, k, v))  # no batch: left as it is
+    with TwiceDifferentiableAttention(), sdpa_kernel(SDPBackend.MATH):
+        y = F.scaled_dot_product_attention(q2, k2, v2)
+    assert "Attention" not in type(y.grad_fn).__name__
     mask = torch.ones(5, 5, dtype=torch.float64, requires_grad=True)
     with TwiceDifferentiableAttention(), sdpa_kernel(SDPBackend.MATH):  # left as they are
         assert torch.autograd.grad(loss(attn_mask=mask), mask)[0].abs().sum() > 0
@@ -113,3 +123,33 @@ def test_attention_that_recomputes_has_the_derivatives_of_the_math_kernel():
     torch.manual_seed(1)
     with sdpa_kernel(SDPBackend.MATH):
         assert dropped == loss(dropout_p=0.5)
+
+
+def test_attention_that_recomputes_is_cast_as_autocast_casts_it():
+    for dtypes, expected in (((torch.float32,) * 3, torch.bfloat16),
+                             ((torch.bfloat16, torch.float32, torch.float32), torch.bfloat16),
+                             ((torch.float64,) * 3, torch.float64)):
+        qkv = [torch.randn(2, 2, 4, 8, dtype=dtype, requires_grad=True) for dtype in dtypes]
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = F.scaled_dot_product_attention(*qkv)
+            with TwiceDifferentiableAttention():
+                y = F.scaled_dot_product_attention(*qkv)
+        assert y.dtype == plain.dtype == expected
+        with TwiceDifferentiableAttention():  # the backward passes are outside of autocast
+            first = torch.autograd.grad(y.float().sum(), qkv, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), qkv)
+        assert [x.dtype for x in second] == list(dtypes)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_hutchinsons_estimate_is_the_same_with_activation_checkpointing(tiny, data_dir, dtype):
+    estimates = []
+    for flag in ("--activation_checkpointing=False", "--activation_checkpointing"):
+        run = build(tiny("--optimizer=sophiah", "--hessian_batch_size=2", f"--dtype={dtype}", flag),
+                    data_dir)
+        train.train_step(run, 0)
+        train.update_curvature(run, 0)
+        estimates.append([s["hessian"].clone() for s in run.optimizer.state.values()])
+        assert run.model.activation_checkpointing == (flag[-1] == "g")
+    for a, b in zip(*estimates, strict=True):
+        assert torch.equal(a, b) and a.abs().sum() > 0

@@ -65,6 +65,9 @@ def test_a_figure_of_two_seeds_is_written_again(quick, tmp_path, results, capsys
     first = data["groups"]["1338"][0]["name"]
     mistake(lambda d: d["groups"]["1338"].pop(0), f"the run {first} is not stored")
     mistake(lambda d: d["common"].update(beta1=0.5), "has beta1 = 0.5, and 0.9 is asked for")
+    mistake(lambda d: d["common"].pop("n_embd"), "does not say its n_embd")
+    mistake(lambda d: d["groups"]["1337"][0]["records"]["step"].append(9), "is not what")
+    mistake(lambda d: d.update(groups=[]), "is not what an experiment wrote")
     mistake(lambda d: d.pop("experiment"), "is not what an experiment wrote")
     mistake(lambda d: d["groups"]["1337"][0]["records"]["val/loss"].__setitem__(-1, 9.0),
             "page.md: tables differ", "--verify")
@@ -78,8 +81,21 @@ def test_timings_are_written_again_and_no_file_goes_unused(tmp_path, results, ca
     assert table_lines((results / "page.md").read_text()) == printed
     (results / "runs" / "other.json").write_text("{}")
     assert "no table in" in refused(report.main, [f"--results={results}"])
-    (results / "page.md").write_text("<!-- gone -->\n<!-- end -->\n")
-    assert "gone.json" in refused(report.main, [f"--results={results}"])
+    for text in ("<!-- gone -->\n<!-- end -->\n", "a\n<!-- gone -->\r\nold\r\n<!-- end -->"):
+        (results / "page.md").write_text(text)
+        assert "gone.json is not what an experiment wrote" in refused(
+            report.main, [f"--results={results}"])
+    text = "<!-- toc -->\n<!-- other -->\nprose\n\n<!-- speeds -->\nold\n<!-- end -->\n"
+    (results / "page.md").write_text(text)  # an end is missing
+    assert "no table in" in refused(report.main, [f"--results={results}"])
+    assert (results / "page.md").read_text() == text
+    (results / "runs" / "other.json").unlink()
+    report.main([f"--results={results}"])
+    assert (results / "page.md").read_text().startswith(text[:text.index("old")])
+    for content in (b"\xff", None):
+        (results / "page.md").write_bytes(content) if content else (results / "page.md").unlink()
+        words = "cannot be read" if content else "holds no Markdown files"
+        assert words in refused(report.main, [f"--results={results}"])
 
 
 def test_the_tables_of_this_repository_are_what_their_runs_give(capsys):

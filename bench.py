@@ -231,7 +231,7 @@ def plain_step(run: train.Run, tokens: np.ndarray) -> Callable[[int], None]:
 
     def step(number: int) -> None:
         for group in run.optimizer.param_groups:
-            group["lr"] = train.cosine_lr(config, number)
+            group["lr"] = train.learning_rate(config, number)
         for part in run.micro_batches:
             offsets = generator.integers(len(tokens) - config.block_size,
                                          size=part.stop - part.start)

@@ -187,14 +187,22 @@ def restore(run: Run, checkpoint: Checkpoint, *, weights_only: bool = False) -> 
     return checkpoint.state["step"]
 
 
-def cosine_lr(config: Config, step: int) -> float:
-    """Returns the rate of a 0-based step: linear warm-up, then a cosine to min_lr_ratio of it."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / config.warmup_iters
-    span = max(1, config.max_iters - config.warmup_iters)
-    progress = min(1.0, (step - config.warmup_iters) / span)
-    ratio = config.min_lr_ratio
-    return config.learning_rate * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+def learning_rate(config: Config, step: int) -> float:
+    """Returns the rate of a 0-based step: linear warm-up, then the schedule's fall to min_lr_ratio.
+
+    With p in [0, 1] the progress of the fall, the rest of it is (1 + cos(pi p)) / 2 (cosine), 1 - p
+    (linear) or 1 - sqrt(p) (wsd), where p counts from the end of the warm-up, or in wsd from the
+    beginning of the cooldown.
+    """
+    c = config
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / c.warmup_iters
+    start = c.warmup_iters
+    if c.schedule == "wsd":
+        start = max(start, round((1 - c.cooldown_fraction) * c.max_iters))
+    p = min(1.0, max(0.0, (step - start) / max(1, c.max_iters - start)))
+    rest = dict(cosine=0.5 * (1 + math.cos(math.pi * p)), linear=1 - p, wsd=1 - math.sqrt(p))
+    return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * rest[c.schedule])
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
@@ -205,7 +213,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """
     config = run.config
     for group in run.optimizer.param_groups:
-        group["lr"] = cosine_lr(config, step)
+        group["lr"] = learning_rate(config, step)
     if run.estimates(step):
         update_curvature(run, step)
     mean_loss = torch.zeros((), device=run.ranks.device)
@@ -276,7 +284,7 @@ def loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: 
             done, is_last = step + 1, step + 1 == config.max_iters
             record = {}
             if step % config.log_interval == 0 or is_last:
-                record |= measure(run, step, cosine_lr(config, step), loss, grad_norm, clock)
+                record |= measure(run, step, learning_rate(config, step), loss, grad_norm, clock)
             with clock.paused():
                 evaluates = done % config.eval_interval == 0 or is_last
                 saves = done % config.checkpoint_interval == 0 or is_last or stop

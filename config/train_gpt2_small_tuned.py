@@ -7,3 +7,4 @@
 beta1 = 0.9
 gamma_target = 0.9  # a gamma of its own for each tensor (beyond the paper)
 gamma_rows = "embedding"  # and for each row of the embeddings
+batch_size = 15

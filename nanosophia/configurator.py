@@ -79,7 +79,7 @@ class Settings:
 RENAMED = {
     "gradient_accumulation_steps": "it is derived: set total_batch_size and batch_size",
     "min_lr": "set min_lr_ratio (a fraction of learning_rate)",
-    "lr_decay_iters": "the cosine ends at max_iters",
+    "lr_decay_iters": "the schedule ends at max_iters",
     "decay_lr": "for a constant rate set min_lr_ratio=1",
     "eval_iters": "set eval_windows",
     "always_save_checkpoint": "set checkpoint_interval",

@@ -47,13 +47,14 @@ class Config(Settings, GPTOptions):
                                  "default out/NAME, after the file's name", section="run")
     init_from: str = option(
         "scratch", "scratch: start anew; resume: continue the newest checkpoint of out_dir; auto: "
-                   "resume if there is one, else start anew; or weights that a new run starts "
-                   "from: a ckpt.pt of nanoGPT or the authors, a GPT-2 folder of transformers or "
-                   "a name on its hub")
+                   "resume if there is one, else start anew; RUN@STEP: branch off another run's "
+                   "saved step, with all that it was in; or weights that a new run starts from: a "
+                   "ckpt.pt of nanoGPT or the authors, a GPT-2 folder of transformers or a name "
+                   "on its hub")
     reset_optimizer: bool = option(
-        False, "with init_from = another run's folder: go on from its newest step, with its data "
-               "order and schedule, but with a fresh optimizer, which may be another or have other "
-               "settings")
+        False, "with init_from = another run's folder, or RUN@STEP: go on from its newest step, or "
+               "that, with its data order and schedule, but with a fresh optimizer, which may be "
+               "another or have other settings")
     seed: int = option(1337, "seed of initialisation, data order, sampled labels, dropout", low=0,
                        high=2**63 - 1)
     eval_interval: int = option(1000, "between evaluations (the last step is always one)",
@@ -121,8 +122,13 @@ class Config(Settings, GPTOptions):
     hessian_chunks: int = option(
         1, "equal parts of these, squared separately and averaged; 1: the paper", low=1)
 
-    max_iters: int = option(100_000, "length of the run and of the cosine", unit="steps", low=1,
+    max_iters: int = option(100_000, "length of the run and of the schedule", unit="steps", low=1,
                             section="schedule")
+    schedule: Literal["cosine", "linear", "wsd"] = option(
+        "cosine", "fall of the learning rate after the warm-up; wsd: constant, then a cooldown as "
+                  "1 - sqrt (Hägele et al. 2024, arXiv:2405.18392)")
+    cooldown_fraction: float = option(0.2, "part of the run in which wsd cools down", above=0,
+                                      high=1)
     warmup_iters: int = option(2000, "linear warm-up", unit="steps", low=0)
     min_lr_ratio: float = option(0.05, "final learning rate over the peak", low=0, high=1)
 
@@ -177,11 +183,15 @@ class Config(Settings, GPTOptions):
                               "n_embd", "n_head")
         if self.reset_optimizer and (self.init_from in ("scratch", "resume") or self.eval_only):
             raise ConfigError("reset_optimizer goes on from another run into a new out_dir; give "
-                              "--init_from=RUN, the folder of that run, and no eval_only",
+                              "--init_from=RUN or RUN@STEP, and no eval_only",
                               "reset_optimizer", "init_from")
         if self.checkpoint == "best" and not self.eval_only:
             raise ConfigError("checkpoint = best is for --eval_only; leave it out, or give that",
                               "checkpoint", "eval_only")
+        if self.cooldown_fraction != 0.2 and self.schedule != "wsd":
+            raise ConfigError(f"cooldown_fraction = {self.cooldown_fraction} has no effect on "
+                              f"schedule = {self.schedule}; leave it out, or set schedule = wsd",
+                              "cooldown_fraction", "schedule")
         if self.rotary_fraction and (self.rotary_channels < 2 or self.rotary_channels % 2):
             raise ConfigError(f"rotary_fraction = {self.rotary_fraction} turns "
                               f"{self.rotary_channels} of the {self.n_embd // self.n_head} "

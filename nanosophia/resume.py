@@ -6,6 +6,7 @@ checkpoint, a config file, a flag. Raises an error where they disagree.
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,6 +21,7 @@ from nanosophia.checkpoint import (
     checkpoint_folders,
     load_best,
     load_latest,
+    open_checkpoint,
 )
 from nanosophia.configurator import (
     ConfigError,
@@ -47,6 +49,7 @@ LOCAL_KEYS = {"out_dir", "init_from", "checkpoint", "reset_optimizer", "device",
               "parallel", "activation_checkpointing", "loss_chunk", "compile", "compile_optimizer",
               "eval_only", "print_config", "dry_run", "dry_run_gpu", "dry_run_memory",
               "dry_run_mfu"}
+BRANCH = re.compile(r"(.+)@(\d+)")  # init_from = RUN@STEP
 # Model settings that a user may override when starting from foreign weights.
 OVERRIDABLE_KEYS = {"activation", "dropout"}
 TOKENIZER_PROBE = "The quick brown fox, naïve: def f(x):\n    return 3.14 # 日本語 don't\t\t12345"
@@ -149,11 +152,12 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     notes, resets = [], False
     if not checkpoint and config.init_from == "auto":
         config = original_init_from(config, notes)
-    if not checkpoint and config.reset_optimizer:
+    if not checkpoint and (config.reset_optimizer or _branch(config.init_from)):
         if config.init_from == "auto":
             raise ConfigError(f"{config.out_dir} has no checkpoint and was not begun from another "
                               "run; give --init_from=RUN with --reset_optimizer", "init_from")
-        checkpoint, resets = on_main(ranks, lambda: _other_run(config), CheckpointError), True
+        checkpoint = on_main(ranks, lambda: _other_run(config.init_from), CheckpointError)
+        resets = config.reset_optimizer
     config, more = resolve_config(config, sources, checkpoint, ranks, resets_optimizer=resets)
     notes += more
     if not config.eval_only or config.optimizer not in OPTIMIZERS:
@@ -223,13 +227,26 @@ def _find_checkpoint(config: Config) -> Checkpoint | None:
     return found
 
 
-def _other_run(config: Config) -> Checkpoint:
-    """Returns the newest checkpoint of the run that reset_optimizer goes on from."""
-    found = load_latest(Path(config.init_from), quarantine=False)
-    if found is None:
-        raise CheckpointError(f"init_from = {config.init_from} holds no checkpoint of a run, which "
-                              "reset_optimizer goes on from; give a run's folder")
-    return found
+def _branch(init_from: str) -> re.Match | None:
+    """Returns the parts of RUN@STEP, None of any other value and of a path that is there."""
+    return None if Path(init_from).exists() else BRANCH.fullmatch(init_from)
+
+
+def _other_run(init_from: str) -> Checkpoint:
+    """Returns the checkpoint of another run that RUN@STEP names, or RUN's newest one."""
+    branch = _branch(init_from)
+    run = Path(branch[1] if branch else init_from)
+    if not branch:
+        if (found := load_latest(run, quarantine=False)) is None:
+            raise CheckpointError(f"init_from = {init_from} holds no checkpoint of a run, which "
+                                  "reset_optimizer goes on from; give a run's folder")
+        return found
+    folders = {int(folder.name.removeprefix("step_")): folder for folder in checkpoint_folders(run)}
+    if int(branch[2]) not in folders:
+        steps = f"only of {', '.join(map(str, sorted(folders)))}" if folders else "at all"
+        raise CheckpointError(f"{run} has no checkpoint of step {branch[2]}, {steps}; give a step "
+                              "that was saved (--checkpoint_interval, --keep_checkpoints)")
+    return open_checkpoint(folders[int(branch[2])])
 
 
 def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoint | None,

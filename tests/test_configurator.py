@@ -39,6 +39,7 @@ def test_values_may_hold_equals_signs_and_whole_floats_are_integers():
     ("--max_iters=many", "max_iters = 'many' is not a whole number"),
     ("--max_iters=2.5", "max_iters = 2.5 is not a whole number"),
     ("--max_iters=True", "max_iters = True is not a whole number"),
+    ("--cooldown_fraction=0.3", "cooldown_fraction = 0.3 has no effect on schedule = cosine"),
     ("--batch_size=-1", "batch_size = -1 must be at least 0"),
     ("--beta1=1", "beta1 = 1.0 must be below 1"),
     ("--learning_rate=0", "learning_rate = 0.0 must be above 0"),

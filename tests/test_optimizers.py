@@ -26,7 +26,7 @@ from nanosophia.tokenizer import GPT2_CLASSES
 from nanosophia.update_rules import compiled_update
 from sophia import Sophia
 from tests.conftest import ROOT
-from train import cosine_lr
+from train import learning_rate
 
 # Table 2 of the paper: width, heads, layers, peak rates (AdamW, Sophia-G).
 TABLE_2 = {
@@ -156,13 +156,27 @@ def test_ablations_are_the_30m_model_with_another_optimizer(path):
 
 def test_schedule_warms_up_linearly_then_falls_as_a_cosine_to_the_ratio():
     config = Config(learning_rate=1.0, warmup_iters=10, max_iters=110, min_lr_ratio=0.05)
-    assert [cosine_lr(config, t) for t in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert cosine_lr(config, 10) == pytest.approx(1.0)
-    assert cosine_lr(config, 60) == pytest.approx((1 + 0.05) / 2)
+    assert [learning_rate(config, t) for t in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(config, 10) == pytest.approx(1.0)
+    assert learning_rate(config, 60) == pytest.approx((1 + 0.05) / 2)
     by_hand = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * 99 / 100))
-    assert cosine_lr(config, 109) == pytest.approx(by_hand)
-    assert cosine_lr(config, 500) == pytest.approx(0.05)
-    assert cosine_lr(Config(learning_rate=1.0, warmup_iters=0, max_iters=5), 0) == 1.0
+    assert learning_rate(config, 109) == pytest.approx(by_hand)
+    assert learning_rate(config, 500) == pytest.approx(0.05)
+    assert learning_rate(Config(learning_rate=1.0, warmup_iters=0, max_iters=5), 0) == 1.0
+
+
+def test_other_schedules_fall_in_a_line_or_stay_until_the_cooldown():
+    base = dict(learning_rate=1.0, warmup_iters=10, max_iters=110, min_lr_ratio=0.0)
+    linear = Config(schedule="linear", **base)
+    assert [learning_rate(linear, t) for t in (4, 9, 10, 60, 109, 500)] == pytest.approx(
+        [0.5, 1, 1, 0.5, 0.01, 0])
+    wsd = Config(schedule="wsd", cooldown_fraction=0.5, **base)
+    assert [learning_rate(wsd, t) for t in (4, 9, 54, 55, 55 + 55 // 4, 109)] == pytest.approx(
+        [0.5, 1, 1, 1, 1 - math.sqrt(13 / 55), 1 - math.sqrt(54 / 55)])
+    # A longer run is the same until the shorter one's cooldown begins.
+    longer = Config(schedule="wsd", cooldown_fraction=0.5, **base | dict(max_iters=500))
+    assert [learning_rate(longer, t) for t in range(55)] == [learning_rate(wsd, t)
+                                                             for t in range(55)]
 
 
 def test_matrices_decay_and_vectors_do_not_each_once():
@@ -231,7 +245,7 @@ def test_all_settings_are_printed_with_their_sources_and_nothing_is_trained(caps
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(fields(Config)) - 1
     for line in ("max_iters = 7000  # flag --max_iters=7000", f"optimizer = 'adamw'  # {path}:3",
-                 "beta2 = 0.95  # default of optimizer = adamw", "batch_size = 15  # default",
+                 "beta2 = 0.95  # default of optimizer = adamw", "dropout = 0.0  # default",
                  "out_dir = 'out/gpt2-small-adamw'  # derived from the config file's name"):
         assert line in lines
     (tmp_path / "again.py").write_text("\n".join(lines))  # a config file itself

@@ -593,6 +593,38 @@ def test_a_run_goes_on_with_another_optimizer(tiny, tmp_path, capsys, refused):
     assert "holds no checkpoint of a run" in line
 
 
+def test_a_cooldown_branches_off_a_trunk(tiny, tmp_path, capsys, refused):
+    """To the losses of the run that was to have this length from the beginning."""
+    wsd = ("--schedule=wsd", "--cooldown_fraction=0.25", "--checkpoint_interval=3", "--gamma=1",
+           "--keep_checkpoints=9", "--hessian_interval=4", "--warmup_iters=2")
+    run_train(*tiny(*wsd, "--max_iters=24", out_dir=tmp_path / "trunk"))
+    run_train(*tiny(*wsd, "--max_iters=12", out_dir=tmp_path / "whole"))
+    branch = tiny("--max_iters=12", f"--init_from={tmp_path / 'trunk'}@9",
+                  out_dir=tmp_path / "branch")
+    capsys.readouterr()
+    run_train(*branch)
+    assert "max_iters was 24 until step 9 and is 12 from now on" in capsys.readouterr().out
+    whole, cooled = ({r["step"]: r["train/loss"] for r in records(tmp_path / name)}
+                     for name in ("whole", "branch"))
+    assert list(cooled) == [9, 10, 11] and all(cooled[s] == whole[s] for s in cooled)
+    assert whole[11] != records(tmp_path / "trunk")[11]["train/loss"]
+    states = [load_latest(tmp_path / name).model_tensors() for name in ("whole", "branch")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    for folder in (tmp_path / "branch").glob("step_*"):
+        shutil.rmtree(folder)  # as if killed before the first
+    run_train(*[flag for flag in branch if "init_from" not in flag], "--init_from=auto")
+    assert "beginning again from" in capsys.readouterr().out
+    assert [r["train/loss"] for r in records(tmp_path / "branch")][-1] == whole[11]
+    for name, words in (("trunk@7", "no checkpoint of step 7, only of 3, 6, 9"),
+                        ("none@7", "no checkpoint of step 7, at all")):
+        assert words in refused(train.main, tiny(f"--init_from={tmp_path / name}",
+                                                 out_dir=tmp_path / "other"))
+    fresh = tiny("--max_iters=12", f"--init_from={tmp_path / 'trunk'}@6", "--optimizer=adamw",
+                 "--reset_optimizer", out_dir=tmp_path / "fresh")
+    run_train(*fresh)
+    assert records(tmp_path / "fresh")[0]["step"] == 6
+
+
 def test_what_was_refused_is_still_counted_after_a_resume(tiny, tmp_path, monkeypatch):
     original = train.GPT.forward
     monkeypatch.setattr(train.GPT, "forward", lambda self, *args:

@@ -333,7 +333,7 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
         run = build_run(config, ranks, data, start.weights, fresh_from=step)
         first_step = restore(run, start.checkpoint, weights_only=start.resets_optimizer
                              or config.eval_only) if start.checkpoint else 0
-        if not config.eval_only:
+        if not config.eval_only and first_step < config.max_iters:
             on_main(ranks, lock.take, LockError)
         if ranks.is_main:
             print_summary(config, run.model, ranks, data, run.batches.batches.windows,

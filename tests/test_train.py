@@ -623,6 +623,8 @@ def test_a_cooldown_branches_off_a_trunk(tiny, tmp_path, capsys, refused):
                  "--reset_optimizer", out_dir=tmp_path / "fresh")
     run_train(*fresh)
     assert records(tmp_path / "fresh")[0]["step"] == 6
+    run_train(*tiny(f"--init_from={tmp_path / 'whole'}@12", out_dir=tmp_path / "no"))
+    assert "nothing to train" in capsys.readouterr().out and not (tmp_path / "no").exists()
 
 
 def test_what_was_refused_is_still_counted_after_a_resume(tiny, tmp_path, monkeypatch):

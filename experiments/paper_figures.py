@@ -334,7 +334,7 @@ def figure_7c(settings: FigureSettings) -> Figure:
     sweeps = {t.result.name: t.sweep for t in found.values()}
     return loss_curves({label: t.result for label, t in found.items()}, {
         "best rate": lambda r: f"{sweeps[r.name].best:.3g}",
-        "blew up at": lambda r: f"{sweeps[r.name].blew_up_at or math.nan:.3g}",
+        "blew up at": lambda r: f"{at:.3g}" if (at := sweeps[r.name].blew_up_at) else "none tried",
         "curvature decides": share("curvature_fraction", 0.5)})
 
 

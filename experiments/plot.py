@@ -125,8 +125,16 @@ def pyplot():
 
 
 def clear_frame(axes, *, grid: bool = True) -> None:
-    """Takes the upper and the right line from the frame and draws a thin grid."""
+    """Takes the upper and the right line from the frame, draws a thin grid, and writes the numbers
+    of logarithmic axes plainly: each decade's, or of few decades 1, 2 and 5 times it."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     axes.spines[["top", "right"]].set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":
+            low, high = sorted(axis.get_view_interval())
+            axis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
     if grid:
         axes.grid(color="#dddddd", linewidth=0.6)
 

@@ -211,7 +211,7 @@ def table(rows: list[dict], limit: int) -> str:
 
 def draw(rows: list[dict], file: Path) -> None:
     """Draws the steps over the condition number."""
-    figure, axes = pyplot().subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8.6, 3.8), layout="constrained")
     lines = (("sign", "SignGD", "-o"), ("bound", "lower bound of Theorem G.12", "--"),
              ("newton", "clipped Newton in the eigenbasis (F.3)", "-s"),
              ("diagonal", "Sophia's diagonal, turned by 30 degrees", "-.^"))
@@ -220,7 +220,7 @@ def draw(rows: list[dict], file: Path) -> None:
         axes.loglog(*zip(*points, strict=True), style, color=COLOURS[i], label=label)
     axes.set_xlabel("condition number")
     axes.set_ylabel(f"steps to a loss of {EPSILON:g}")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     clear_frame(axes)
     save_figure(figure, file)
 

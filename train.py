@@ -70,7 +70,14 @@ from nanosophia.memory import largest_estimate_rows
 from nanosophia.metrics import Clock, Health, Recorder, measure
 from nanosophia.optimizers import build, settings_warnings
 from nanosophia.options import Config
-from nanosophia.resume import check_settings, describe_config, load_config, resolve, write_config
+from nanosophia.resume import (
+    check_settings,
+    describe_config,
+    load_config,
+    may_take_settings,
+    resolve,
+    write_config,
+)
 from nanosophia.saver import Saver
 from nanosophia.summary import print_next_steps, print_sample, print_summary
 from nanosophia.weights import Weights
@@ -320,7 +327,7 @@ def save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | Non
 def train(config: Config, sources: dict[str, str] | None = None) -> None:
     """Trains to config.max_iters; `sources` says where each explicitly given key came from."""
     sources, out_dir = sources or {}, Path(config.out_dir)
-    if config.init_from not in ("resume", "auto"):  # a checkpoint may replace these values
+    if not may_take_settings(config):
         check_settings(config, sources)
     ranks = start_ranks(config.device)
     with FolderLock(out_dir) as lock:

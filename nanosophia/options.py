@@ -188,10 +188,6 @@ class Config(Settings, GPTOptions):
         if self.checkpoint == "best" and not self.eval_only:
             raise ConfigError("checkpoint = best is for --eval_only; leave it out, or give that",
                               "checkpoint", "eval_only")
-        if self.cooldown_fraction != 0.2 and self.schedule != "wsd":
-            raise ConfigError(f"cooldown_fraction = {self.cooldown_fraction} has no effect on "
-                              f"schedule = {self.schedule}; leave it out, or set schedule = wsd",
-                              "cooldown_fraction", "schedule")
         if self.rotary_fraction and (self.rotary_channels < 2 or self.rotary_channels % 2):
             raise ConfigError(f"rotary_fraction = {self.rotary_fraction} turns "
                               f"{self.rotary_channels} of the {self.n_embd // self.n_head} "

@@ -121,6 +121,12 @@ def other_optimizers_settings(config: Config, sources: dict[str, str]) -> list[s
             f"still sets {values}"]
 
 
+def may_take_settings(config: Config) -> bool:
+    """Returns whether a checkpoint may give settings that were not given."""
+    return config.init_from in ("resume", "auto") or config.reset_optimizer \
+        or _branch(config.init_from) is not None
+
+
 def check_settings(config: Config, sources: dict[str, str],
                    checkpoint: Checkpoint | None = None) -> None:
     """Checks what the configurator cannot know: the ranks, and what the optimizer asks for.
@@ -130,6 +136,10 @@ def check_settings(config: Config, sources: dict[str, str],
     try:
         config.check_world(world_size())
         check(config, world_size())
+        if "cooldown_fraction" in sources and config.schedule != "wsd":
+            raise ConfigError(f"cooldown_fraction = {config.cooldown_fraction} has no effect on "
+                              f"schedule = {config.schedule}; leave it out, or set schedule = wsd",
+                              "cooldown_fraction", "schedule")
     except ConfigError as error:
         if checkpoint:  # its values are in the config now
             saved = checkpoint.state["config"]

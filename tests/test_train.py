@@ -610,6 +610,11 @@ def test_a_cooldown_branches_off_a_trunk(tiny, tmp_path, capsys, refused):
     assert whole[11] != records(tmp_path / "trunk")[11]["train/loss"]
     states = [load_latest(tmp_path / name).model_tensors() for name in ("whole", "branch")]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert "has no effect on schedule = cosine" in refused(
+        train.main, tiny("--cooldown_fraction=0.1", out_dir=tmp_path / "other"))
+    run_train(*tiny("--max_iters=12", f"--init_from={tmp_path / 'trunk'}@9",
+                    "--cooldown_fraction=0.1", out_dir=tmp_path / "shorter"))
+    assert records(tmp_path / "shorter")[0]["train/loss"] == whole[9]
     for folder in (tmp_path / "branch").glob("step_*"):
         shutil.rmtree(folder)  # as if killed before the first
     run_train(*[flag for flag in branch if "init_from" not in flag], "--init_from=auto")

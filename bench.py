@@ -43,7 +43,7 @@ from nanosophia.distributed import Ranks, start_ranks, world_size
 from nanosophia.dry_run import estimate_share
 from nanosophia.files import create, read_bytes, reason, write_bytes, write_text
 from nanosophia.metrics import peak_flops
-from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
+from nanosophia.optimizers import check, spec, with_own_defaults
 from nanosophia.options import Config
 from nanosophia.resume import resolve_fresh
 from nanosophia.tokenizer import GPT2_CLASSES
@@ -176,7 +176,7 @@ def contender_config(settings: BenchSettings, sources: dict[str, str], text: str
     values |= {key: getattr(own, key) for key in own_sources}
     if "optimizer" in own_sources and own.optimizer != settings.optimizer:
         # A config file sets betas or gamma for its own optimizer; a flag is meant for all of them.
-        known = OPTIMIZERS.get(own.optimizer, OPTIMIZERS["adamw"])
+        known = spec(own.optimizer) or spec("adamw")
         sources = {key: source for key, source in sources.items()
                    if key not in known.defaults or source.startswith("flag")}
     config = with_own_defaults(Config(**values), sources | own_sources)

@@ -31,7 +31,6 @@ from nanosophia import dry_run
 from nanosophia.checkpoint import (
     Checkpoint,
     CheckpointError,
-    flatten_state,
     run_state,
 )
 from nanosophia.chunked_loss import chunked_cross_entropy
@@ -68,8 +67,10 @@ from nanosophia.guard import (
 )
 from nanosophia.memory import largest_estimate_rows
 from nanosophia.metrics import Clock, Health, Recorder, measure
+from nanosophia.optimizer_state import Beginning, evaluation_weights, flatten_state
 from nanosophia.optimizers import build, settings_warnings
 from nanosophia.options import Config
+from nanosophia.packages import seed_draws
 from nanosophia.resume import (
     check_settings,
     describe_config,
@@ -102,6 +103,7 @@ class Run:
     model: GPT
     wrapped: nn.Module  # the model, averaging gradients over ranks
     optimizer: torch.optim.Optimizer
+    beginning: Beginning  # of the optimizer
     estimator: Estimator | None
     estimates: Callable[[int], bool]  # whether a step begins with a curvature estimate
     batches: Prefetcher
@@ -137,7 +139,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
             part.compile()
     wrapped = wrap(model, ranks, sharded=sharded, blocks=blocks,
                    low_precision=config.dtype == "bfloat16")
-    optimizer, estimator = build(
+    optimizer, estimator, beginning = build(
         config, model, num_classes=data.vocab_size,
         all_reduce=sum_over_ranks if ranks.world_size > 1 else None,
         sharded_gradient=sharded_gradient(model, ranks) if sharded else None)
@@ -158,7 +160,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
         TrainBatches(data.train, block_size=config.block_size, seed=config.seed,
                      total_batch_size=config.total_batch_size, sampling=config.sampling,
                      vocab_size=data.vocab_size), row_ranges, ranks.device)
-    return Run(config, ranks, model, wrapped, optimizer, estimator, estimates, batches,
+    return Run(config, ranks, model, wrapped, optimizer, beginning, estimator, estimates, batches,
                ranks.micro_batches(config.total_batch_size, config.batch_size), chunks,
                StepCounters(torch.zeros((), device=ranks.device)),
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
@@ -220,7 +222,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     """
     config = run.config
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group[run.beginning.lr_key] = learning_rate(config, step)
     if run.estimates(step):
         update_curvature(run, step)
     mean_loss = torch.zeros((), device=run.ranks.device)
@@ -240,6 +242,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
     run.counters.steps += 1
     if config.grad_clip:
         run.counters.clipped += grad_norm > config.grad_clip
+    seed_draws(keyed_seed(config.seed, "optimizer", step))
     skip_if_nonfinite(run.guard.check_step(step, mean_loss, grad_norm), run.optimizer,
                       run.optimizer.step)
     run.optimizer.zero_grad(set_to_none=True)
@@ -292,9 +295,12 @@ def loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: 
             record = {}
             if step % config.log_interval == 0 or is_last:
                 record |= measure(run, step, learning_rate(config, step), loss, grad_norm, clock)
-            with clock.paused():
-                evaluates = done % config.eval_interval == 0 or is_last
-                saves = done % config.checkpoint_interval == 0 or is_last or stop
+            if step == first_step:
+                flatten_state(run.optimizer, run.beginning)  # raises where no save could hold it
+            evaluates = done % config.eval_interval == 0 or is_last
+            saves = done % config.checkpoint_interval == 0 or is_last or stop
+            with clock.paused(), evaluation_weights(run.optimizer) if evaluates or saves else \
+                    nullcontext():
                 if evaluates or saves:
                     run.guard.raise_if_tripped(run.guard.report.tolist())  # sync
                 if evaluates:
@@ -317,8 +323,10 @@ def loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: 
 def save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | None) -> None:
     """Starts to save, on every rank; raises on every rank when parameters are not finite."""
     require_finite_parameters(run.model.parameters(), done - 1)
-    saver.save(run.model.state_dict(), flatten_state(run.optimizer), run_state(
-        step=done, val_loss=val_loss, config=asdict(run.config), model=asdict(run.model.config),
+    tensors, rest = flatten_state(run.optimizer, run.beginning)
+    saver.save(run.model.state_dict(), tensors, run_state(
+        step=done, optimizer=rest, val_loss=val_loss, config=asdict(run.config),
+        model=asdict(run.model.config),
         counters=dict(steps=run.counters.steps, clipped=run.counters.clipped.item()),
         guard=run.guard.state(), data=data.fingerprint, tokenizer=data.tokenizer,
         num_classes=data.vocab_size, world_size=run.ranks.world_size))
@@ -377,7 +385,8 @@ def run_loop(run: Run, data: Dataset, out_dir: Path, first_step: int) -> None:
         saver.close()
     if ranks.is_main:
         if config.sample_tokens and not run.sharded:
-            print_sample(config, run.model, data, ranks.device)
+            with evaluation_weights(run.optimizer):
+                print_sample(config, run.model, data, ranks.device)
         print_next_steps(out_dir)
 
 

@@ -9,7 +9,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -67,10 +67,8 @@ class Replaying:
             raise ConfigError(f"the run {spec.name} is not stored; make the runs again: "
                               f"{self.command}")
         run = self.runs[spec.name]
-        config = self.common | run["config"]
-        if missing := asdict(spec.config()).keys() - config.keys() - set(OWN_PLACE):
-            raise ConfigError(f"the stored run {spec.name} does not say its {min(missing)}; make "
-                              f"the runs again: {self.command}")
+        # An option that came later has the value that leaves things as they were.
+        config = {f.name: f.default for f in fields(Config)} | self.common | run["config"]
         if difference := find_difference(asdict(spec.config()), config):
             key, stored, asked = difference
             raise ConfigError(f"the stored run {spec.name} has {key} = {stored!r}, and {asked!r} "

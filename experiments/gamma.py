@@ -30,7 +30,7 @@ from experiments.compare import contender_flags
 from experiments.runs import Result, RunSettings, RunSpec, mean, scaled_flags
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load, option
-from nanosophia.optimizers import OPTIMIZERS
+from nanosophia.optimizers import spec
 from nanosophia.options import Config
 
 RANGE = (0.1, 0.5)  # of unclipped coordinates, the paper's section 3.1
@@ -94,7 +94,7 @@ def short_runs(flags: tuple[str, ...], steps: int) -> Callable[..., RunSpec]:
 
 def has_gamma(config: Config) -> bool:
     """Returns whether the optimizer has one gamma, that its user sets."""
-    entry = OPTIMIZERS.get(config.optimizer)
+    entry = spec(config.optimizer)
     return entry is not None and entry.is_sophia and not config.gamma_target
 
 

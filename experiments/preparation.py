@@ -12,7 +12,6 @@ one process, and the most disk space used beyond the result.
 if __name__ == "__main__":
     import nanosophia.startup  # noqa: F401
 
-import json
 import os
 import resource
 import subprocess
@@ -25,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import publish
+from experiments.archive import measured
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
 
@@ -36,6 +37,7 @@ class PreparationSettings(Settings):
     """Settings of `python -m experiments.preparation`."""
 
     input: str = option("", "parquet file with a column `text`")
+    json: str = option("", "file that receives the measurements; empty = none")
     recipe_dir: str = option("", "set by the command itself: run nanoGPT's recipe into this folder")
     num_proc: int = option(1, "set by the command itself: worker processes of that recipe", low=1)
 
@@ -106,9 +108,21 @@ def _disk_bytes(folder: Path) -> int:
     return total
 
 
+def table(report: dict) -> str:
+    """Returns the report as a Markdown table."""
+    lines = [f"{report['rows'][0]['tokens']:,} tokens", "",
+             "| way | processes | tokens per CPU s | tokens per s | CPU s | wall s | RSS, MB | "
+             "extra disk |", "|---" * 8 + "|"]
+    for row in report["rows"]:
+        lines.append(f"| {row['way']} | {row['processes']} | {row['tokens'] / row['cpu_s']:,.0f} | "
+                     f"{row['tokens'] / row['wall_s']:,.0f} | {row['cpu_s']:.1f} | "
+                     f"{row['wall_s']:.1f} | {row['max_rss_mb']:.0f} | {row['extra_disk']:.2f} x |")
+    return "\n".join(lines)
+
+
 @command()
 def main(argv: list[str]) -> None:
-    """Prints a Markdown table and the same as JSON."""
+    """Runs the command."""
     settings, _ = load(PreparationSettings, argv, "python -m experiments.preparation --input=FILE")
     if not Path(settings.input).is_file():
         raise ConfigError(f"--input={settings.input} is no file; give a parquet file", "input")
@@ -118,8 +132,6 @@ def main(argv: list[str]) -> None:
     source = str(Path(settings.input).resolve())
     # The system reports the memory of the largest child so far, so the smaller, ours, runs first.
     ways = [("ours", n) for n in (1, 2)] + [("nanoGPT's recipe", n) for n in (1, 2)]
-    print("| way | processes | tokens/CPU s | tokens/s | CPU s | wall s | RSS, MB | extra disk |\n"
-          "|---|---|---|---|---|---|---|---|")
     rows = []
     for name, n in ways:
         with tempfile.TemporaryDirectory() as temporary:
@@ -130,12 +142,9 @@ def main(argv: list[str]) -> None:
             if name != "ours":
                 command = [sys.executable, "-m", "experiments.preparation", f"--input={source}",
                            f"--recipe_dir={folder / 'out'}", f"--num_proc={n}"]
-            row = measure(command, folder)
-        rows.append(dict(way=name, processes=n, **row))
-        print(f"| {name} | {n} | {row['tokens'] / row['cpu_s']:,.0f} | "
-              f"{row['tokens'] / row['wall_s']:,.0f} | {row['cpu_s']:.1f} | {row['wall_s']:.1f} | "
-              f"{row['max_rss_mb']:.0f} | {row['extra_disk']:.2f} x |", flush=True)
-    print(json.dumps(rows))
+            rows.append(dict(way=name, processes=n, **measure(command, folder)))
+    report = dict(rows=rows) | measured("preparation", argv)
+    publish(report, table(report), settings.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import compare, figures, optimizer_steps, sampling, speed
+from experiments import compare, figures, optimizer_steps, preparation, sampling, speed
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
 from nanosophia.files import read_bytes, write_text
@@ -43,7 +43,8 @@ def _figure(data: dict) -> str:
 
 EXPERIMENTS: dict[str, Callable[[dict], str]] = {
     "figures": _figure, "compare": compare.remake, "speed": speed.table,
-    "optimizer_steps": optimizer_steps.table, "sampling": sampling.table}
+    "optimizer_steps": optimizer_steps.table, "preparation": preparation.table,
+    "sampling": sampling.table}
 
 
 def block(path: Path) -> str:

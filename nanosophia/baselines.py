@@ -1,6 +1,6 @@
 """The optimizers that Sophia is compared with, and the ablations of the paper's Fig. 7."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ class Lion(torch.optim.Optimizer):
 
     def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.95, 0.98),
                  weight_decay: float = 0.2):
-        _require(type(self), lr=(lr, lr >= 0), weight_decay=(weight_decay, weight_decay >= 0),
+        require(type(self), lr=(lr, lr >= 0), weight_decay=(weight_decay, weight_decay >= 0),
                  betas=(betas, all(0 <= b < 1 for b in betas)))
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
         """Updates the parameters from `.grad`; returns closure's loss."""
-        loss = _call(closure)
-        for group, p in _with_gradient(self):
+        loss = call_closure(closure)
+        for group, p in with_gradient(self):
             m = _momentum(self.state[p], p)
             g, (beta1, beta2) = p.grad.to(m.dtype), group["betas"]
             apply_update(p, m.lerp(g, 1 - beta1).sign_(), group)
@@ -43,15 +43,15 @@ class Normalize(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float = 4e-4, beta1: float = 0.96, weight_decay: float = 0.2):
-        _require(type(self), lr=(lr, lr >= 0), beta1=(beta1, 0 <= beta1 < 1),
+        require(type(self), lr=(lr, lr >= 0), beta1=(beta1, 0 <= beta1 < 1),
                  weight_decay=(weight_decay, weight_decay >= 0))
         super().__init__(params, dict(lr=lr, beta1=beta1, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
         """Updates the parameters from `.grad`; returns closure's loss."""
-        loss = _call(closure)
-        items = [(group, p, _momentum(self.state[p], p)) for group, p in _with_gradient(self)]
+        loss = call_closure(closure)
+        items = [(group, p, _momentum(self.state[p], p)) for group, p in with_gradient(self)]
         if not items:
             return loss
         for group, p, m in items:
@@ -147,15 +147,30 @@ class Chained(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Updates the parameters of every part; returns closure's loss."""
-        loss = _call(closure)
+        loss = call_closure(closure)
         for part in self.parts:
             part.step()
         return loss
+
+    def parameters(self) -> list[Tensor]:
+        """Returns the parameters of the parts that take curvature, in the order of estimates."""
+        return [p for part in self._curved() for p in part.parameters()]
+
+    def update_hessian(self, estimates: Iterable[Tensor | None]) -> None:
+        """Gives each part that takes curvature its estimates."""
+        estimates = iter(estimates)
+        for part in self._curved():
+            part.update_hessian([next(estimates) for _ in part.parameters()])
+
+    def _curved(self) -> list[torch.optim.Optimizer]:
+        return [part for part in self.parts if hasattr(part, "update_hessian")]
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores `state_dict()`."""
         super().load_state_dict(state_dict)
         self._share()
+        for part in self.parts:
+            part.__setstate__({})  # what follows from the state
 
 
 def _without_clipping(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,7 +192,7 @@ def _momentum(state: dict, p: Tensor) -> Tensor:
     return state["exp_avg"]
 
 
-def _with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
+def with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor]]:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
@@ -186,14 +201,14 @@ def _with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Ten
                 yield group, p
 
 
-def _call(closure: Callable | None):
+def call_closure(closure: Callable | None):
     if closure is None:
         return None
     with torch.enable_grad():
         return closure()
 
 
-def _require(cls: type, **values: tuple[object, bool]) -> None:
+def require(cls: type, **values: tuple[object, bool]) -> None:
     for name, (value, is_legal) in values.items():
         if not is_legal:
             raise ValueError(f"{cls.__name__}: {name} = {value} is out of range")

@@ -37,6 +37,7 @@ from nanosophia.distributed import (
     zeros_like_shards,
 )
 from nanosophia.files import fsync, open_file, read_bytes, reason, remove, write_text
+from nanosophia.optimizer_state import restore_state
 from nanosophia.schemas import Manifest, State, read
 from nanosophia.tokenizer import resolve_tokenizer
 
@@ -102,7 +103,8 @@ class Checkpoint(NamedTuple):
             if not any(map(is_sharded, tensors.values())):
                 model.load_state_dict(self.model_tensors())
                 if optimizer is not None:
-                    restore_state(optimizer, self.optimizer_tensors())
+                    restore_state(optimizer, self.optimizer_tensors(),
+                                  self.state.get("optimizer"))
                 return
             if optimizer is None:
                 _read_shards(self.folder, tensors, no_dist=False)
@@ -112,12 +114,12 @@ class Checkpoint(NamedTuple):
                                              m.properties.dtype)
                      for name, m in read_metadata(self.folder).items() if name[0].isdigit()}
             _read_shards(self.folder, tensors | state, no_dist=False)
-            restore_state(optimizer, state)
-        except (RuntimeError, ValueError, IndexError) as error:
+            restore_state(optimizer, state, self.state.get("optimizer"))
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise CheckpointError(f"{self.folder} is a checkpoint of another model or optimizer: "
-                                  f"{str(error).splitlines()[0]}") from error
+                                  f"{str(error).partition(chr(10))[0]}") from error
 
 
 def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict,
@@ -341,36 +343,22 @@ def _unreadable(error: OSError, path: Path) -> CheckpointError:
 
 def run_state(*, step: int, config: dict, model: dict, tokenizer: str, num_classes: int,
               val_loss: float | None = None, counters: dict | None = None,
-              guard: dict | None = None, data: dict | None = None, world_size: int = 1) -> dict:
+              guard: dict | None = None, data: dict | None = None, world_size: int = 1,
+              optimizer: dict | None = None) -> dict:
     """Returns what state.json holds: all that a run needs beside its tensors to go on alike.
 
     `config` holds all settings and `model` those of the model; `data` is the data's fingerprint,
-    `num_classes` the number of real classes among the logits.
+    `num_classes` the number of real classes among the logits, `optimizer` what of the optimizer's
+    state are no tensors.
     """
     return dict(
         format=FORMAT, step=step, val_loss=val_loss,
         tally=counters or dict(steps=0, clipped=0.0),
         guard=guard or dict(in_a_row=[0, 0], refused=0), config=config, model=model,
         data=data or {}, tokenizer=tokenizer, num_classes=num_classes, world_size=world_size,
+        **(dict(optimizer=optimizer) if optimizer else {}),
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       numpy=numpy.__version__))
-
-
-def flatten_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns state tensors as `<parameter number>.<name>`, without hyperparameters."""
-    return {f"{number}.{name}": torch.as_tensor(value)
-            for number, values in optimizer.state_dict()["state"].items()
-            for name, value in values.items()}
-
-
-def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Loads what `flatten_state` returned; the optimizer keeps its own hyperparameters."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
 def read_metadata(folder: Path) -> dict:

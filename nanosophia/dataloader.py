@@ -25,7 +25,7 @@ from nanosophia.tokenizer import GPT2_CLASSES, fingerprint, get_tokenizer, resol
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Streams of random numbers that must not meet; part of the key of every generator.
-PURPOSES = ("epoch", "hessian", "dropout", "hessian_dropout", "random")
+PURPOSES = ("epoch", "hessian", "dropout", "hessian_dropout", "random", "optimizer")
 
 
 class DataError(UserError):

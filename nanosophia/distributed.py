@@ -243,7 +243,7 @@ def sharded_gradient(model: nn.Module, ranks: Ranks) -> Callable:
             count = count + n
         gradient = [torch.zeros_like(p) if p.grad is None else p.grad.mul_(ranks.world_size)
                     for p in params]  # the reduction took the mean
-        for p in params:
+        for p in model.parameters():
             p.grad = None
         return gradient, count
 
@@ -269,6 +269,15 @@ def to_local(x):
 def full_tensor(x: Tensor) -> Tensor:
     """Returns a sharded tensor gathered on every rank, and any other as it is."""
     return x.full_tensor() if is_sharded(x) else x
+
+
+def shard_like(whole: Tensor, p: Tensor) -> Tensor:
+    """Returns a tensor that every rank has whole, split as `p` is."""
+    if not is_sharded(p):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+    return DTensor.from_local(whole, p.device_mesh, [Replicate()] * p.device_mesh.ndim,
+                              run_check=False).redistribute(placements=p.placements)
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> None:

@@ -28,6 +28,7 @@ from nanosophia.distributed import Ranks, on_main
 from nanosophia.estimators import Estimator
 from nanosophia.memory import estimate_bytes, largest_estimate_rows, step_bytes
 from nanosophia.metrics import peak_flops
+from nanosophia.optimizer_state import flatten_state
 from nanosophia.optimizers import build, check, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
 from nanosophia.tokenizer import GPT2_CLASSES
@@ -85,14 +86,13 @@ def plan(config: Config) -> Plan:
                      padded_vocab_size(vocab_size))
     with torch.device("meta"):
         model = GPT(config.model)
-    optimizer, estimator = build(config, model, num_classes=vocab_size)
+    optimizer, estimator, _ = build(config, model, num_classes=vocab_size)
     for p in model.parameters():
         p.grad = torch.empty_like(p)
     if estimator is not None:
         optimizer.update_hessian([p.grad for p in optimizer.parameters()])
     optimizer.step()
-    state = sum(x.nbytes for values in optimizer.state.values() for x in values.values()
-                if isinstance(x, torch.Tensor))
+    state = sum(x.nbytes for x in flatten_state(optimizer)[0].values())
     share = estimate_share(config, estimator, model.flops_per_token())
     return Plan(config, model.num_params(non_embedding=False),
                 sum(p.numel() for p in model.transformer.h[0].parameters()), state,

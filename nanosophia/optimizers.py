@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from nanosophia import packages
+from nanosophia.adam_family import MARS, AdEMAMix, ScheduleFreeAdamW
 from nanosophia.baselines import (
     AdaHessian,
     AdaHessianClip,
@@ -29,16 +31,19 @@ from nanosophia.estimators import (
     gnb_estimator,
     hutchinson_estimator,
 )
+from nanosophia.matrix_optimizers import SOAP, Kron, MetricMuon, orthogonalise
+from nanosophia.optimizer_state import Beginning
 from nanosophia.options import Config
 from nanosophia.update_rules import compiled_update, sliced_update
 from sophia import AllReduce, Sophia
 
 
 class OptimizerAndEstimator(NamedTuple):
-    """Holds an optimizer and the estimator that feeds it curvature."""
+    """Holds an optimizer, the estimator that feeds it curvature, and how it began."""
 
     optimizer: torch.optim.Optimizer
     estimator: Estimator | None  # None: the optimizer takes no curvature
+    beginning: Beginning
 
 
 def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: AllReduce = None,
@@ -49,13 +54,17 @@ def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: All
     place; `sharded_gradient` computes gradients of parameters that are split over ranks.
     """
     _do_not_load_compiler()
+    groups = parameter_groups(model, config)
+    if packages.is_of_package(config.optimizer):
+        optimizer, lr_key = packages.build(config.optimizer, config.optimizer_args, groups,
+                                           config.learning_rate)
+        return OptimizerAndEstimator(optimizer, None,
+                                     Beginning.of(optimizer, lr_key, attributes=True))
     entry = OPTIMIZERS[config.optimizer]
-    optimizer = entry.build(config, parameter_groups(model, config))
-    if entry.estimator is None:
-        return OptimizerAndEstimator(optimizer, None)
-    estimator = entry.estimator(config, optimizer.parameters(), num_classes, all_reduce,
-                                sharded_gradient)
-    return OptimizerAndEstimator(optimizer, estimator)
+    optimizer = entry.build(config, groups)
+    estimator = None if entry.estimator is None else entry.estimator(
+        config, optimizer.parameters(), num_classes, all_reduce, sharded_gradient)
+    return OptimizerAndEstimator(optimizer, estimator, Beginning.of(optimizer))
 
 
 def _do_not_load_compiler() -> None:
@@ -73,15 +82,24 @@ def _do_not_load_compiler() -> None:
 
 def check(config: Config, world_size: int) -> None:
     """Raises ConfigError unless the optimizer is known and its settings fit it and the ranks."""
-    if config.optimizer not in OPTIMIZERS:
+    entry = spec(config.optimizer)
+    if entry is None:
         hint = did_you_mean(config.optimizer, OPTIMIZERS)
-        raise ConfigError(f"optimizer = {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}"
-                          + (f"; {hint}" if hint else ""), "optimizer")
-    entry = OPTIMIZERS[config.optimizer]
-    for key, set_ in (("gamma_target", config.gamma_target > 0),
-                      ("hessian_bias_correction", config.hessian_bias_correction),
-                      ("compile_optimizer", config.compile_optimizer == "on")):
-        if set_ and not entry.is_sophia:
+        raise ConfigError(f"optimizer = {config.optimizer!r} is none of {', '.join(OPTIMIZERS)}, "
+                          "and no package.module:Class" + (f"; {hint}" if hint else ""),
+                          "optimizer")
+    if packages.is_of_package(config.optimizer):
+        packages.find_class(config.optimizer)
+        packages.parse_arguments(config.optimizer_args)
+    elif config.optimizer_args:
+        raise ConfigError(f"optimizer_args = {config.optimizer_args!r} are for an optimizer of a "
+                          f"package, not for {config.optimizer}; leave them out", "optimizer_args",
+                          "optimizer")
+    for key, set_, has in (
+            ("gamma_target", config.gamma_target > 0, entry.is_sophia),
+            ("hessian_bias_correction", config.hessian_bias_correction, entry.is_sophia),
+            ("compile_optimizer", config.compile_optimizer == "on", entry.compiles)):
+        if set_ and not has:
             raise ConfigError(f"{key} = {getattr(config, key)} has no effect on optimizer = "
                               f"{config.optimizer}; leave it out", key, "optimizer")
     if config.gamma_rows != "none" and not config.gamma_target:
@@ -121,9 +139,8 @@ def _check_sharding(config: Config, entry: "OptimizerSpec", world_size: int) -> 
 
 def with_own_defaults(config: Config, sources: dict[str, str]) -> Config:
     """Returns the config with the optimizer's own value of each setting that was not given."""
-    if config.optimizer not in OPTIMIZERS:
-        return config
-    own = OPTIMIZERS[config.optimizer].defaults
+    entry = spec(config.optimizer)
+    own = entry.defaults if entry else {}
     return replace(config, **{key: value for key, value in own.items() if key not in sources})
 
 
@@ -132,7 +149,7 @@ def settings_warnings(config: Config) -> list[str]:
     if config.warmup_iters >= config.max_iters:
         return [f"warmup_iters = {config.warmup_iters} is not shorter than max_iters = "
                 f"{config.max_iters}: the learning rate only rises"]
-    if (OPTIMIZERS[config.optimizer].estimator is not None and config.warmup_iters < 2000
+    if (spec(config.optimizer).estimator is not None and config.warmup_iters < 2000
             and config.tokens_per_step >= 480 * 1024):
         return [f"warmup_iters = {config.warmup_iters} is shorter than the 2000 steps that Sophia "
                 "needs at the paper's batch size"]
@@ -155,7 +172,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
 
 
 def _adamw(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
-    device = groups[1]["params"][0].device.type
+    device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
                              eps=config.eps, fused=device in ("cuda", "cpu"))
 
@@ -164,17 +181,71 @@ def _lion(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
     return Lion(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
 
 
+def _matrices(make: Callable[[Config, list[dict]], torch.optim.Optimizer],
+              ) -> Callable[[Config, list[dict]], torch.optim.Optimizer]:
+    """Returns what builds an optimizer of the hidden matrices, with AdamW for the rest."""
+    def build_both(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+        hidden = [group for group in groups if group["kind"] == "matrix"]
+        rest = [group for group in groups if group["kind"] != "matrix"]
+        return Chained([make(config, hidden), _adamw(config, rest)])
+
+    return build_both
+
+
 def _muon(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(f"optimizer = muon is not in torch {torch.__version__}; use torch 2.9 "
                           "or newer", "optimizer")
+    # Scaled so that its updates are as large as AdamW's, and one learning rate serves both.
+    return torch.optim.Muon(groups, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw",
+                            momentum=config.muon_momentum, weight_decay=config.weight_decay)
+
+
+def _metric_muon(config: Config, groups: list[dict], *, from_estimates: bool = False,
+                 ) -> MetricMuon:
+    optimizer = MetricMuon(
+        groups, lr=config.learning_rate, betas=(config.muon_momentum, config.beta2),
+        power=config.metric_power, sides=config.metric_sides, from_estimates=from_estimates,
+        precision=torch.bfloat16 if config.dtype == "bfloat16" else None)
+    if config.compiles("compile_optimizer", groups[0]["params"][0].device.type):
+        optimizer.orthogonalise = torch.compile(orthogonalise)
+    return optimizer
+
+
+def _metric_muon_gnb(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
     hidden = [group for group in groups if group["kind"] == "matrix"]
     rest = [group for group in groups if group["kind"] != "matrix"]
-    # Scaled so that its updates are as large as AdamW's, and one learning rate serves both.
-    muon = torch.optim.Muon(hidden, lr=config.learning_rate, adjust_lr_fn="match_rms_adamw",
-                            momentum=config.muon_momentum, weight_decay=config.weight_decay)
-    return Chained([muon, torch.optim.AdamW(rest, lr=config.learning_rate, eps=config.eps,
-                                            betas=(config.beta1, config.beta2))])
+    for group in rest:
+        group["gamma_rows"] = group["kind"] == "embedding"
+    other = _adamw(config, rest) if config.metric_rest == "adamw" else ControlledSophia(
+        rest, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps,
+        gamma_target=0.9)
+    return Chained([_metric_muon(config, hidden, from_estimates=True), other])
+
+
+def _soap(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    return SOAP(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                eps=config.eps, frequency=config.precondition_frequency)
+
+
+def _kron(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    # Its updates have a root mean square of up to 1.1; so scaled, one rate serves AdamW as well.
+    return Kron(groups, lr=config.learning_rate, momentum=config.beta1, scale=0.2)
+
+
+def _ademamix(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    return AdEMAMix(groups, lr=config.learning_rate, eps=config.eps, alpha=config.slow_weight,
+                    betas=(config.beta1, config.beta2, config.slow_beta), warmup=config.max_iters)
+
+
+def _mars(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    return MARS(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                eps=config.eps, gamma=config.mars_gamma)
+
+
+def _schedule_free(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
+    return ScheduleFreeAdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                             eps=config.eps)
 
 
 def _normalize(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
@@ -211,11 +282,12 @@ class OptimizerSpec(NamedTuple):
     """How an optimizer is built, the estimator that feeds it (None: it takes no curvature), and
     its own values of settings whose defaults are Sophia-G's."""
 
-    build: Callable[[Config, list[dict]], torch.optim.Optimizer]
+    build: Callable[[Config, list[dict]], torch.optim.Optimizer] | None
     estimator: Callable[[Config, list[Tensor], int, AllReduce, ShardedGradient],
                         Estimator] | None = None
     defaults: dict[str, float] = {}  # noqa: RUF012 (never written)
-    is_sophia: bool = False  # knows gamma_target, bias correction and compilation
+    is_sophia: bool = False  # knows gamma_target and bias correction
+    compiles: bool = False  # knows compile_optimizer
     fsdp_refusal: str = ""  # why parallel = fsdp is refused; "" allows it
 
 
@@ -226,20 +298,39 @@ _HUTCHINSON = dict(gamma=0.01, hessian_batch_size=32)
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": OptimizerSpec(_adamw, None, _ADAMW),
     "lion": OptimizerSpec(_lion, None, dict(learning_rate=1.5e-4, beta1=0.95, beta2=0.98)),
-    "muon": OptimizerSpec(_muon, None, _ADAMW, fsdp_refusal="it orthogonalises whole matrices"),
+    "muon": OptimizerSpec(_matrices(_muon), None, _ADAMW,
+                          fsdp_refusal="it orthogonalises whole matrices"),
+    "metric_muon": OptimizerSpec(_matrices(_metric_muon), None, _ADAMW, compiles=True),
+    "metric_muon_gnb": OptimizerSpec(_metric_muon_gnb, gnb_estimator, _ADAMW, compiles=True),
+    "soap": OptimizerSpec(_matrices(_soap), None, _ADAMW | dict(beta1=0.95),
+                          fsdp_refusal="its bases are of whole matrices"),
+    "kron": OptimizerSpec(_matrices(_kron), None, _ADAMW,
+                          fsdp_refusal="its factors are of whole matrices"),
+    "ademamix": OptimizerSpec(_ademamix, None, _ADAMW | dict(beta2=0.999)),
+    "mars": OptimizerSpec(_mars, None, _ADAMW | dict(beta1=0.95, beta2=0.99)),
+    # The rate stays constant after its warm-up.
+    "schedule_free": OptimizerSpec(_schedule_free, None, _ADAMW | dict(min_lr_ratio=1.0)),
     "adahessian": OptimizerSpec(
         _adahessian, hutchinson_estimator,
         dict(beta1=0.92, eps=1e-8, weight_decay=0.1, hessian_batch_size=32, hessian_interval=1),
         fsdp_refusal=_SECOND_DERIVATIVES),
-    "sophiag": OptimizerSpec(_sophia(Sophia), gnb_estimator, is_sophia=True),
+    "sophiag": OptimizerSpec(_sophia(Sophia), gnb_estimator, is_sophia=True, compiles=True),
     "sophiah": OptimizerSpec(_sophia(Sophia), hutchinson_estimator, _HUTCHINSON, is_sophia=True,
-                             fsdp_refusal=_SECOND_DERIVATIVES),
+                             compiles=True, fsdp_refusal=_SECOND_DERIVATIVES),
     # Fig. 7 of the paper
     "clip": OptimizerSpec(_sophia(Sophia)),  # without an estimate h stays 0: sign momentum
     "normalize": OptimizerSpec(_normalize),
-    "ef_clip": OptimizerSpec(_sophia(Sophia), empirical_fisher_estimator, is_sophia=True),
+    "ef_clip": OptimizerSpec(_sophia(Sophia), empirical_fisher_estimator, is_sophia=True,
+                             compiles=True),
     "ah_clip": OptimizerSpec(_sophia(AdaHessianClip), hutchinson_estimator, _HUTCHINSON,
                              fsdp_refusal=_SECOND_DERIVATIVES),
     "gnb_unclipped": OptimizerSpec(_sophia(SophiaUnclipped), gnb_estimator,
                                    dict(gamma=1.0, eps=1e-6, hessian_interval=2)),
 }
+_OF_PACKAGES = OptimizerSpec(None, None, dict(weight_decay=0.1),
+                             fsdp_refusal="whether it can step on shards is not known")
+
+
+def spec(name: str) -> OptimizerSpec | None:
+    """Returns what is known of the optimizer of this name, None where none can have it."""
+    return _OF_PACKAGES if packages.is_of_package(name) else OPTIMIZERS.get(name)

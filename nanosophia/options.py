@@ -96,8 +96,14 @@ class Config(Settings, GPTOptions):
         480, "sequences per step over all ranks and micro-batches", low=1, high=1 << 20)
 
     optimizer: str = option(
-        "sophiag", "adamw, lion, muon, adahessian, sophiag, sophiah; of the paper's Fig. 7 clip, "
-                   "normalize, ef_clip, ah_clip, gnb_unclipped", section="optimizer")
+        "sophiag", "sophiag, sophiah, adamw, lion, adahessian; muon, metric_muon, metric_muon_gnb, "
+                   "soap, kron (hidden matrices; AdamW for the rest); ademamix, mars, "
+                   "schedule_free; of the paper's Fig. 7 clip, normalize, ef_clip, ah_clip, "
+                   "gnb_unclipped; or package.module:Class of an installed torch optimizer",
+        section="optimizer")
+    optimizer_args: str = option(
+        "", "arguments of a package's optimizer: name=value, ...; learning_rate and weight_decay "
+            "are given to it beside them, the former as lr or as lr_key says")
     learning_rate: float = option(6e-4, "peak learning rate", above=0)
     beta1: float = option(0.96, "decay of the gradient's moving average", low=0, below=1)
     beta2: float = option(0.99, "decay of the curvature's (AdamW: of the squared gradient's)",
@@ -105,6 +111,17 @@ class Config(Settings, GPTOptions):
     eps: float = option(1e-12, "Sophia: floor of gamma*h; AdamW: added to the root", above=0)
     muon_momentum: float = option(0.95, "Muon: decay of the momentum of hidden matrices", low=0,
                                   below=1)
+    metric_power: float = option(0.25, "metric_muon: power of the row and column ratios; 0: Muon",
+                                 low=0, high=1)
+    metric_sides: Literal["both", "rows", "columns"] = option(
+        "both", "metric_muon: the sides that have a metric")
+    metric_rest: Literal["adamw", "sophia"] = option(
+        "adamw", "metric_muon_gnb: what updates embeddings and vectors; sophia: with gamma_target "
+                 "0.9, by rows for embeddings")
+    precondition_frequency: int = option(10, "soap: between new bases", unit="steps", low=1)
+    slow_beta: float = option(0.9999, "ademamix: decay of the slow momentum", low=0, below=1)
+    slow_weight: float = option(5.0, "ademamix: final weight of the slow momentum", low=0)
+    mars_gamma: float = option(0.025, "mars: strength of the gradient's correction", low=0)
     gamma: float = option(0.05, "Sophia: a coordinate is unclipped where |m| < gamma*h", above=0)
     hessian_bias_correction: bool = option(
         False, "beyond the paper: divide h by 1 - beta2^(number of estimates)")

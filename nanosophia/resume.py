@@ -35,7 +35,7 @@ from nanosophia.dataloader import DataError, Dataset, open_dataset
 from nanosophia.distributed import Ranks, on_main, world_size
 from nanosophia.dry_run import choose_batch_size
 from nanosophia.files import reason, write_text
-from nanosophia.optimizers import OPTIMIZERS, check, with_own_defaults
+from nanosophia.optimizers import check, spec, with_own_defaults
 from nanosophia.options import MODEL_KEYS, USAGE, Config, padded_vocab_size
 from nanosophia.precision import bfloat16_speed, computes_bfloat16, fastest_dtype
 from nanosophia.schemas import RunConfig, read
@@ -43,7 +43,8 @@ from nanosophia.tokenizer import TokenizerError, get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, saved_model_config
 
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.
-RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer"}
+RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer",
+            "optimizer_args"}
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "checkpoint", "reset_optimizer", "device", "dtype",
               "parallel", "activation_checkpointing", "loss_chunk", "compile", "compile_optimizer",
@@ -88,7 +89,7 @@ def load_config(argv: list[str]) -> tuple[Config, dict[str, str]]:
 
 def describe_config(config: Config, sources: dict[str, str]) -> Iterator[str]:
     """Yields a line `key = value  # source` for every setting, as --print_config prints them."""
-    own = OPTIMIZERS[config.optimizer].defaults
+    own = spec(config.optimizer).defaults
     for f in fields(Config):
         value, source = getattr(config, f.name), "default"
         if f.name in sources:
@@ -170,7 +171,7 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         resets = config.reset_optimizer
     config, more = resolve_config(config, sources, checkpoint, ranks, resets_optimizer=resets)
     notes += more
-    if not config.eval_only or config.optimizer not in OPTIMIZERS:
+    if not config.eval_only or spec(config.optimizer) is None:
         check_settings(config, sources, checkpoint)
     else:
         config = replace(config, hessian_chunks=1)  # not checked, since no step is made

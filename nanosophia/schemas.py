@@ -47,6 +47,14 @@ class GuardCounts(TypedDict):
     refused: Count
 
 
+class OptimizerRest(TypedDict):
+    """What of an optimizer's state are no tensors (`optimizer_state.flatten_state`)."""
+
+    state: NotRequired[list[tuple[Count, str, Any]]]
+    groups: NotRequired[list[tuple[Count, str, Any]]]
+    more: NotRequired[list[tuple[str, Any]]]
+
+
 class State(TypedDict):
     """state.json: all that a run needs beside its tensors to go on alike."""
 
@@ -60,6 +68,7 @@ class State(TypedDict):
     model: NotRequired[dict[str, Value]]
     data: dict[str, str]
     tokenizer: str
+    optimizer: NotRequired[OptimizerRest]
     num_classes: Annotated[int, Field(ge=1, lt=2**31)]
     world_size: Annotated[int, Field(ge=1)]
     versions: NotRequired[dict[str, str]]

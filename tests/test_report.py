@@ -65,7 +65,7 @@ def test_a_figure_of_two_seeds_is_written_again(quick, tmp_path, results, capsys
     first = data["groups"]["1338"][0]["name"]
     mistake(lambda d: d["groups"]["1338"].pop(0), f"the run {first} is not stored")
     mistake(lambda d: d["common"].update(beta1=0.5), "has beta1 = 0.5, and 0.9 is asked for")
-    mistake(lambda d: d["common"].pop("n_embd"), "does not say its n_embd")
+    mistake(lambda d: d["common"].pop("n_embd"), "has n_embd = 768, and")
     mistake(lambda d: d["groups"]["1337"][0]["records"]["step"].append(9), "is not what")
     mistake(lambda d: d.update(groups=[]), "is not what an experiment wrote")
     mistake(lambda d: d.pop("experiment"), "is not what an experiment wrote")

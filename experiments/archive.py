@@ -18,8 +18,8 @@ from experiments.runs import Result, RunSettings, RunSpec, by_name, find_differe
 from nanosophia.configurator import ConfigError
 from nanosophia.options import Config
 
-COLUMNS = ("train/loss", "val/loss", "tokens_per_second", "unclipped_fraction", "norm_clip_rate",
-           "curvature_fraction")  # of the records, that tables and pictures use
+COLUMNS = ("train/loss", "val/loss", "tokens_per_second", "processor_seconds",
+           "unclipped_fraction", "norm_clip_rate", "curvature_fraction")  # that tables use
 NOT_FINITE = "not finite"  # where a record has null; a record without the number is null here
 OUTPUTS = ("--out_dir", "--json", "--jobs")
 INPUTS = ("--nanogpt",)

@@ -18,7 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import compare, figures, optimizer_steps, preparation, sampling, speed
+from experiments import (
+    compare,
+    figures,
+    leaderboard,
+    optimizer_steps,
+    preparation,
+    sampling,
+    speed,
+    study,
+)
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
 from nanosophia.files import read_bytes, write_text
@@ -42,9 +51,10 @@ def _figure(data: dict) -> str:
 
 
 EXPERIMENTS: dict[str, Callable[[dict], str]] = {
-    "figures": _figure, "compare": compare.remake, "speed": speed.table,
+    "figures": _figure, "compare": compare.remake, "leaderboard": leaderboard.remake,
+    "speed": speed.table,
     "optimizer_steps": optimizer_steps.table, "preparation": preparation.table,
-    "sampling": sampling.table}
+    "sampling": sampling.table, "study": study.remake}
 
 
 def block(path: Path) -> str:

@@ -141,6 +141,12 @@ class Result:
         return seconds
 
     @property
+    def processor_seconds(self) -> float:
+        """Returns the processor time per step, NaN where it was not recorded."""
+        found = [r["processor_seconds"] for r in self.records if "processor_seconds" in r]
+        return sum(found) / self.steps if found and self.steps else math.nan
+
+    @property
     def tokens(self) -> int:
         """Returns the number of training tokens."""
         return self.steps * self.config.tokens_per_step

@@ -36,24 +36,33 @@ def peak_flops(device_name: str) -> float | None:
 
 
 class Clock:
-    """Counts steps and seconds of training in this process, without the time in `paused()`."""
+    """Counts steps and seconds of training in this process, without the time in `paused()`.
+
+    Seconds come in pairs: of wall time, and of processor time of all threads.
+    """
 
     def __init__(self, done: int):
-        self.start, self.done = time.perf_counter(), done
+        self.done, self.start = done, self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves out the time that the context takes."""
-        began = time.perf_counter()
+        began = self._now()
         yield
-        self.start += time.perf_counter() - began
+        wall, processor = (s + now - b for s, now, b in
+                           zip(self.start, self._now(), began, strict=True))
+        self.start = wall, processor
 
-    def read(self, done: int) -> tuple[int, float]:
-        """Returns steps and seconds since the last reading, when `done` steps are done."""
-        now = time.perf_counter()
-        steps_and_seconds = done - self.done, now - self.start
+    def read(self, done: int) -> tuple[int, float, float]:
+        """Returns steps and both seconds since the last reading, when `done` steps are done."""
+        now = self._now()
+        found = done - self.done, now[0] - self.start[0], now[1] - self.start[1]
         self.start, self.done = now, done
-        return steps_and_seconds
+        return found
 
 
 def measure(run, step: int, lr: float, loss: Tensor, grad_norm: Tensor, clock: Clock) -> dict:
@@ -73,11 +82,12 @@ def measure(run, step: int, lr: float, loss: Tensor, grad_norm: Tensor, clock: C
         record["refused"] = int(report[0])
     run.counters.clipped.zero_()
     run.counters.steps = 0
-    steps, seconds = clock.read(step + 1)
+    steps, seconds, processor_seconds = clock.read(step + 1)
     tokens_per_step = run.config.tokens_per_step
     record |= dict(data_wait_fraction=run.batches.seconds_waited / seconds, lr=lr,
                    tokens=(step + 1) * tokens_per_step,
-                   tokens_per_second=steps * tokens_per_step / seconds)
+                   tokens_per_second=steps * tokens_per_step / seconds,
+                   processor_seconds=processor_seconds)
     run.batches.seconds_waited = 0.0
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:

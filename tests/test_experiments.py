@@ -22,7 +22,6 @@ from experiments import (
     runs,
     sampling,
     speed,
-    study,
     theory,
     toy,
 )
@@ -582,35 +581,6 @@ def test_a_figure_lists_its_runs_without_making_them(tmp_path, capsys):
     assert ": 12 runs" in out and "first of a ladder" in out and not list(tmp_path.iterdir())
 
 
-def test_the_study_keeps_models_and_batches_apart(tmp_path, monkeypatch):
-    drawn = []
-    results = []
-    for method, lr, loss, more in (("adamw", 8e-3, 1.9, {}), ("adamw", 8e-3, 1.6, {"larger": True}),
-                                   ("ours", 1e-2, 1.8, {}), ("ours", 1e-2, 1.5, {"larger": True}),
-                                   ("ours", 1e-2, 1.4, {"rows": 4}), ("muon", 1e-2, 1.3, {}),
-                                   ("ours", 1e-2, 1.2, {"share": 0.7}),
-                                   ("ours", 1e-2, 1.1, {"seed": 1})):
-        spec = study.run_spec("bytes", "b", method, lr, extra=("--vocab_size=320",), **more)
-        result = Recorded(spec.name, tmp_path, False)
-        object.__setattr__(result, "config", spec.config())
-        object.__setattr__(result, "records", [{"step": 0, "val/loss": loss}])
-        results.append(result)
-    lines = study.table(results).splitlines()[2:]
-    assert [line.split(" | ")[:4] for line in lines] == [  # by model, then batch, then loss
-        ["| ours", "0.01", "0.5M", "4,096"], ["| muon", "0.01", "0.5M", "4,096"],
-        ["| ours", "0.01", "0.5M", "4,096"], ["| adamw", "0.008", "0.5M", "4,096"],
-        ["| ours", "0.01", "0.5M", "16,384"], ["| ours", "0.01", "2.7M", "4,096"],
-        ["| adamw", "0.008", "2.7M", "4,096"]]
-    assert "1.8000, 1.1000" in lines[2]
-    plt = study.pyplot()
-    monkeypatch.setattr(plt, "close", drawn.append)
-    study.draw({"bytes": results}, tmp_path / "x.svg")
-    panels = [a for a in drawn[0].axes if a.lines]
-    assert [[(line.get_label(), *line.get_ydata()) for line in a.lines] for a in panels] == [
-        [("AdamW", 1.9), ("Muon", 1.3), ("Sophia-G, controlled gamma", 1.8)],
-        [("AdamW", 1.6), ("Sophia-G, controlled gamma", 1.5)]]
-
-
 @pytest.mark.parametrize("key, value", [("dataset", "other"), ("block_size", 16),
                                         ("eval_windows", 8)])
 def test_contenders_whose_losses_are_not_of_the_same_thing_are_refused(quick, tmp_path, refused,
@@ -632,13 +602,6 @@ def test_flags_for_every_run_come_before_what_the_protocol_sets(quick, tmp_path,
     assert (config["seed"], config["grad_clip"], config["max_iters"]) == (0, 0.5, 3)
     with pytest.raises(runs.ConfigError, match="No closing quotation"):
         load(compare.CompareSettings, [baseline, candidate, "--flags=--x='"], "")
-
-
-def test_the_study_lists_runs_that_train_takes():
-    specs = study.run_specs("bpe", "a") + study.run_specs("bytes", "b")
-    assert len({spec.name for spec in specs}) == len(specs)
-    for spec in specs:
-        assert spec.config().max_iters > spec.config().warmup_iters
 
 
 def test_each_optimizers_step_is_timed_alone(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Matrix optimizers and Adam's descendants: their definitions, second implementations, bad input."""
+"""Matrix optimizers and Adam's descendants: definitions, second implementations, bad input."""
 
 import math
 

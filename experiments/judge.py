@@ -1,0 +1,161 @@
+"""The statistics of experiments.leaderboard: intervals, speed-ups, and when they are a verdict.
+
+A contender's cells are losses by length T and seed. The speed-up at T is T_A / T, where the
+baseline reaches the contender's mean loss at T_A, by linear interpolation of its mean losses in
+log T. The bootstrap draws every cell's seeds anew: its mean, plus residuals drawn from those of all
+lengths of the same contender, scaled by sqrt(S / (S - 1)); it assumes that seeds scatter alike at
+every length.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.runs import mean
+from nanosophia.configurator import ConfigError
+
+DRAWS, LEVEL = 10_000, 0.95
+Losses = dict[int, list[float]]  # by length, by seed
+
+
+def require_scipy() -> None:
+    """Raises ConfigError where scipy, which the intervals need, is missing."""
+    try:
+        import scipy.stats  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"the intervals need scipy ({error}); pip install scipy") from None
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Returns the standard error of the mean, NaN of one value."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def t_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean and half the width of its interval by Student's t."""
+    from scipy.stats import t
+    n = len(differences)
+    half = standard_error(differences) * t.ppf((1 + LEVEL) / 2, n - 1) if n > 1 else math.nan
+    return mean(differences), float(half)
+
+
+def speed_ups(lengths: Sequence[int], baseline: np.ndarray, T: int, losses: np.ndarray,
+              ) -> np.ndarray:
+    """Returns T_A / T for each draw: baseline (draws, lengths), losses (draws,).
+
+    Outside the baseline's losses it is the end: the longest length over T, or the shortest. A
+    baseline that is worse at a longer length counts as it was at the shorter one.
+    """
+    steps = np.log(np.asarray(lengths, float))
+    falling = np.minimum.accumulate(baseline, axis=1)
+    found = np.empty(len(losses))
+    for i, (curve, loss) in enumerate(zip(falling, losses, strict=True)):
+        found[i] = np.interp(-loss, -curve, steps)
+    return np.exp(found) / T
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """A speed-up, its interval, and the ends beyond which it cannot be told."""
+
+    value: float
+    low: float
+    high: float
+    least: float  # the baseline's shortest length over T
+    most: float  # its longest
+
+    def text(self, per_step: float) -> str:
+        """Returns it in words, in units of which the baseline's step takes `per_step` times as
+        many."""
+        if math.isnan(self.value):
+            return ""
+        ends = {x: "at least " for x in (self.value, self.low, self.high)
+                if x >= self.most * (1 - 1e-9)}
+        ends |= {x: "at most " for x in (self.value, self.low, self.high)
+                 if x <= self.least * (1 + 1e-9)}
+        value, low, high = (f"{ends.get(x, '')}{x * per_step:.2f}"
+                            for x in (self.value, self.low, self.high))
+        return value if value == low == high else f"{value} ({low} to {high})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is said of a contender at one length."""
+
+    mean: float  # loss
+    difference: float  # to the baseline, with the same seeds
+    half_width: float
+    speed_up: SpeedUp
+    p_one: float  # that it is at most 1, corrected
+    p_two: float  # at most 2
+
+    def difference_text(self) -> str:
+        """Returns the difference and its interval in words."""
+        if not math.isfinite(self.difference):
+            return ""
+        half = "" if math.isnan(self.half_width) else f" +- {self.half_width:.4f}"
+        return f"{self.difference:+.4f}{half}"
+
+    def verdict(self) -> str:
+        """Returns a sentence: a claim only where the interval excludes 1, or 2."""
+        if not math.isfinite(self.mean):
+            return "it diverged"
+        s, limit = self.speed_up, (1 - LEVEL) / 2
+        where = f"{s.text(1.0)} times as fast in steps"
+        if math.isnan(s.low):
+            return f"{where}; one seed, so no verdict"
+        if s.low > 2 and self.p_two < limit:
+            return f"{where}: at least twice as fast"
+        if s.low > 1 and self.p_one < limit:
+            return f"{where}: faster"
+        if s.high < 1:
+            return f"{where}: slower"
+        return f"{where}: no verdict"
+
+
+def compare(baseline: Losses, others: dict[str, Losses], T: int) -> dict[str, Row]:
+    """Returns what is said of each contender at T, corrected for their number."""
+    lengths = sorted(T for T, x in baseline.items() if np.isfinite(x).all())
+    rng = np.random.Generator(np.random.Philox(key=0))
+    curve = _means(baseline, lengths, rng)
+    found, p_values = {}, {}
+    for name, losses in others.items():
+        if not np.isfinite([*losses[T], *baseline[T]]).all():
+            found[name] = (math.inf, math.inf, math.nan, SpeedUp(*[math.nan] * 5))
+            p_values[name] = (1.0, 1.0)
+            continue
+        drawn = _means(losses, [T], rng)[:, 0]
+        value, *draws = speed_ups(lengths, curve, T, drawn)
+        low, high = np.quantile(draws, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) \
+            if len(losses[T]) > 1 else (math.nan, math.nan)
+        difference, half = t_interval([a - b for a, b in zip(losses[T], baseline[T], strict=True)])
+        found[name] = (mean(losses[T]), difference, half, SpeedUp(
+            float(value), float(low), float(high), lengths[0] / T, lengths[-1] / T))
+        # One more draw that speaks against it, so that no p is 0.
+        p_values[name] = tuple((1 + sum(x <= bound for x in draws)) / (1 + len(draws))
+                               for bound in (1, 2))
+    ones, twos = (holm({name: p[i] for name, p in p_values.items()}) for i in (0, 1))
+    return {name: Row(*values, ones[name], twos[name]) for name, values in found.items()}
+
+
+def _means(losses: Losses, lengths: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Returns mean losses (1 + DRAWS, lengths): as they are, then drawn by the bootstrap."""
+    finite = {T: np.asarray(x) for T, x in losses.items() if np.isfinite(x).all()}
+    centre = np.asarray([finite[T].mean() if T in finite else math.inf for T in lengths])
+    seeds = len(next(iter(losses.values())))
+    if seeds < 2 or not finite:
+        return np.tile(centre, (1 + DRAWS, 1))
+    pool = np.concatenate([x - x.mean() for x in finite.values()]) * math.sqrt(seeds / (seeds - 1))
+    noise = rng.choice(pool, size=(DRAWS, len(lengths), seeds)).mean(-1)
+    return np.concatenate([centre[None], centre + noise])
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Returns the p-values after Holm's step-down correction (Holm 1979)."""
+    corrected, so_far = {}, 0.0
+    for i, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        so_far = max(so_far, min(1.0, p * (len(p_values) - i)))
+        corrected[name] = so_far
+    return corrected

@@ -1,0 +1,366 @@
+"""Tunes several optimizers alike and says how many steps of the baseline each is worth.
+
+    python -m experiments.leaderboard --baseline="adamw: config/quickstart_adamw.py" \
+        --candidates="muon: config/quickstart_adamw.py, optimizer=muon, muon_momentum=0.9|0.95" \
+        --max_iters=300,600,1200 --longer=2 --seeds=3 --budget=9
+
+A contender is `NAME: FILE, key=value, ...`; several are separated by semicolons. A key may have
+alternatives, `key=a|b`: an option of its own that is tuned, the first value first.
+`learning_rate=a|b|c` is its ladder, by default half, once and twice its config's.
+
+Each contender is tuned at the length --tune_at by the same number of runs, --budget, with the
+first seed: the ladder, which goes on beyond an end that is best; warm-ups (--warmups, as shares of
+the run); its options, one after the other; then rates between or beyond those tried. At its best it
+runs with every seed at every length T, the baseline also at `longer` times the longest.
+
+Reported at each T: the mean final loss and its standard error; the difference to the baseline with
+the same seeds and its 95 % interval by Student's t; the speed-up: the T at which the baseline has
+that loss, interpolated in log T, over T. Its 95 % interval and p-values are by bootstrap of the
+residuals over seeds (`experiments.judge`); a verdict is given where Holm's correction over the
+contenders leaves p < 0.025 that the speed-up is at most 1, or 2. In --out_dir: leaderboard.md and
+.json, from which experiments.report makes the tables again.
+"""
+
+if __name__ == "__main__":
+    import nanosophia.startup  # noqa: F401
+
+import json
+import math
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from experiments import judge
+from experiments.archive import Remembering, Replaying, archive, command_line
+from experiments.compare import SHARED_KEYS, contender_flags, parse_numbers
+from experiments.runs import Result, RunSettings, RunSpec, mean
+from nanosophia.command import command
+from nanosophia.configurator import ConfigError, load, option
+from nanosophia.files import write_text
+
+RECORDS = 20  # of a run, of its training loss and times
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderboardSettings(RunSettings):
+    """Settings of `python -m experiments.leaderboard`."""
+
+    baseline: str = option("", "NAME: config file, then settings after commas",
+                           section="comparison")
+    candidates: str = option("", "the same of each contender, separated by semicolons")
+    max_iters: str = option("", "lengths T, comma-separated")
+    longer: str = option("", "multiples of the longest T that the baseline alone is run for")
+    tune_at: int = option(0, "length at which contenders are tuned; 0 = the one in the middle of "
+                             "max_iters", low=0)
+    budget: int = option(9, "runs that tune each contender", low=3)
+    warmups: str = option("0.05,0.15", "warm-ups, as shares of the run, the first one first")
+    seeds: int = option(3, "runs of each cell, with seeds 0, 1, ...", low=1)
+
+    def check(self) -> None:
+        super().check()
+        for key in ("baseline", "candidates"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is not given; write NAME: config/FILE.py, key=value", key)
+        if any(x != int(x) for x in parse_numbers(self, "max_iters")):
+            raise ConfigError(f"max_iters = {self.max_iters!r} are not whole numbers", "max_iters")
+        if any(x <= 1 for x in parse_numbers(self, "longer", may_be_empty=True)):
+            raise ConfigError(f"longer = {self.longer!r} are multiples above 1", "longer")
+        if any(x >= 1 for x in parse_numbers(self, "warmups")):
+            raise ConfigError(f"warmups = {self.warmups!r} are shares below 1", "warmups")
+        if len({c.name for c in self.contenders}) < len(self.contenders):
+            raise ConfigError("two contenders have one name; give each its own", "candidates")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Returns the lengths of every contender, shortest first."""
+        return sorted(int(x) for x in parse_numbers(self, "max_iters"))
+
+    @property
+    def baseline_lengths(self) -> list[int]:
+        """Returns the lengths of the baseline, shortest first."""
+        more = parse_numbers(self, "longer", may_be_empty=True)
+        return sorted({*self.lengths, *(round(self.lengths[-1] * x) for x in more)})
+
+    @property
+    def tuning_length(self) -> int:
+        """Returns the length at which contenders are tuned."""
+        return self.tune_at or self.lengths[len(self.lengths) // 2]
+
+    @cached_property
+    def contenders(self) -> list["Contender"]:
+        """Returns the baseline and the candidates; raises ConfigError."""
+        return [Contender.parse(text) for text in (self.baseline, *self.candidates.split(";"))
+                if text.strip()]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer with its config, the ladder of its rates, and options with alternatives."""
+
+    name: str
+    flags: tuple[str, ...]
+    rates: tuple[float, ...]
+    options: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def parse(cls, text: str) -> "Contender":
+        """Returns the contender that a text describes; raises ConfigError."""
+        name, colon, rest = text.partition(":")
+        if not colon or not name.strip() or not rest.strip() or "/" in name:
+            raise ConfigError(f"{text.strip()!r} is no contender; write NAME: config/FILE.py, "
+                              "key=value", "candidates")
+        alternatives, flags = {}, []
+        for flag in contender_flags(rest):
+            key, _, value = flag.partition("=")
+            if "|" in value:
+                alternatives[key.removeprefix("--")] = tuple(value.split("|"))
+            else:
+                flags.append(flag)
+        rates = alternatives.pop("learning_rate", ())
+        if repeated := [key for key, v in alternatives.items() if len(set(v)) < len(v)]:
+            raise ConfigError(f"{name.strip()}: an alternative of {repeated[0]} is given twice; "
+                              "leave one out", "candidates")
+        try:
+            rates = sorted({float(x) for x in rates})
+        except ValueError:
+            raise ConfigError(f"{name.strip()}: learning_rate = {'|'.join(rates)} are no numbers",
+                              "candidates") from None
+        if not rates:
+            rate = RunSpec("", tuple(flags)).config().learning_rate
+            rates = [rate / 2, rate, rate * 2]
+        return cls(name.strip(), tuple(flags), tuple(rates), alternatives)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tuned of a contender."""
+
+    rate: float
+    warmup: float  # share of the run
+    options: tuple[str, ...]  # the values of its contender's
+
+
+def spec_of(settings: LeaderboardSettings, contender: Contender, setting: Setting, steps: int,
+            seed: int) -> RunSpec:
+    """Returns the spec of a contender's run; the same cell always has the same name."""
+    values = dict(zip(contender.options, setting.options, strict=True)) | dict(
+        learning_rate=f"{setting.rate:.5g}", warmup_iters=round(setting.warmup * steps),
+        max_iters=steps, seed=seed, eval_interval=steps, checkpoint_interval=steps,
+        log_interval=max(1, steps // RECORDS))
+    name = "_".join([contender.name, f"T{steps}", f"lr{setting.rate:.5g}", f"w{setting.warmup:g}",
+                     *setting.options, f"s{seed}"])
+    return RunSpec(name, (*settings.extra, *contender.flags,
+                          *(f"--{key}={value}" for key, value in values.items())))
+
+
+Tuning = Generator[list[Setting], dict[Setting, float], Setting]
+
+
+def tune(contender: Contender, warmups: list[float], budget: int) -> Tuning:
+    """Yields the settings to try next, takes the losses of all tried so far, returns the best."""
+    tried: dict[Setting, float] = {}
+    first = Setting(contender.rates[len(contender.rates) // 2], warmups[0],
+                    tuple(values[0] for values in contender.options.values()))
+
+    def best() -> Setting:
+        return min(tried, key=tried.get) if tried else first
+
+    tried = yield [replace(first, rate=rate) for rate in contender.rates][:budget]
+    others = len(warmups) - 1 + sum(len(values) - 1 for values in contender.options.values())
+    while len(tried) + others < budget and (rate := beyond(tried, best().rate)):
+        tried = yield [replace(best(), rate=rate)]
+    for i in range(-1, len(contender.options)):
+        if i < 0:
+            new = [replace(best(), warmup=x) for x in warmups]
+        else:
+            now = best().options
+            new = [replace(best(), options=(*now[:i], x, *now[i + 1:]))
+                   for x in list(contender.options.values())[i]]
+        if new := [x for x in new if x not in tried][:budget - len(tried)]:
+            tried = yield new
+    while len(tried) < budget:
+        rate = beyond(tried, best().rate) or between(tried, best().rate)
+        tried = yield [replace(best(), rate=rate)]
+    return best()
+
+
+def beyond(tried: dict[Setting, float], best: float) -> float | None:
+    """Returns a rate beyond the end of those tried, if the best is there, twice or half of it."""
+    rates = sorted({setting.rate for setting in tried})
+    return best * 2 if best == rates[-1] else best / 2 if best == rates[0] else None
+
+
+def between(tried: dict[Setting, float], best: float) -> float:
+    """Returns the geometric mean of the best rate and its neighbour that is farther away."""
+    rates = sorted({setting.rate for setting in tried})
+    i = rates.index(best)
+    low, high = rates[i - 1], rates[i + 1]
+    return math.sqrt(best * (high if high / best >= best / low else low))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A contender at its best: how it was tuned, and its runs by length, a list by seed."""
+
+    contender: Contender
+    setting: Setting
+    tried: dict[Setting, float]
+    runs: dict[int, list[Result]]
+
+    @property
+    def at_an_end(self) -> bool:
+        """Returns whether the best rate is the largest or smallest that was tried."""
+        return beyond(self.tried, self.setting.rate) is not None
+
+    def losses(self) -> dict[int, list[float]]:
+        """Returns the final losses by length, by seed."""
+        return {T: [run.loss for run in runs] for T, runs in self.runs.items()}
+
+    @cached_property
+    def processor_seconds(self) -> float:
+        """Returns the processor time of a step, the median over runs."""
+        found = sorted(run.processor_seconds for runs in self.runs.values() for run in runs)
+        return found[len(found) // 2]
+
+    @cached_property
+    def flops(self) -> float:
+        """Returns the FLOPs of a step and its share of estimates, without the optimizer's own."""
+        run = next(iter(self.runs.values()))[0]
+        return run.flops / run.steps if run.steps else math.nan
+
+    @cached_property
+    def state_bytes(self) -> float:
+        """Returns the bytes of the optimizer's state per parameter."""
+        plan = next(iter(self.runs.values()))[0].plan
+        return plan.state_bytes / plan.parameters
+
+    def describe(self) -> str:
+        """Returns its best setting in words."""
+        own = "".join(f", {key} {value}" for key, value in
+                      zip(self.contender.options, self.setting.options, strict=True))
+        end = " (at an end)" if self.at_an_end else ""
+        return f"lr {self.setting.rate:.3g}{end}, warm-up {self.setting.warmup:.0%}{own}"
+
+
+def run_leaderboard(settings: LeaderboardSettings) -> list[Outcome]:
+    """Makes the runs that are missing; returns the outcomes, the baseline's first.
+
+    Raises ConfigError, before the first run, where contenders cannot be compared.
+    """
+    contenders = settings.contenders
+    check_shared(settings)
+    tuned = tune_all(settings)
+    cells = [(c, T, seed) for c in contenders for seed in range(settings.seeds)
+             for T in (settings.baseline_lengths if c is contenders[0] else settings.lengths)]
+    # Longest first, so that no long run is left over at the end.
+    order = sorted(range(len(cells)), key=lambda i: -cells[i][1])
+    results = settings.run_all([spec_of(settings, cells[i][0], tuned[cells[i][0].name][0],
+                                        *cells[i][1:]) for i in order])
+    by_cell = {(cells[i][0].name, *cells[i][1:]): r for i, r in zip(order, results, strict=True)}
+    return [Outcome(c, *tuned[c.name], {
+        T: [by_cell[c.name, T, seed] for seed in range(settings.seeds)]
+        for T in sorted({T for name, T, _ in by_cell if name == c.name})}) for c in contenders]
+
+
+def tune_all(settings: LeaderboardSettings) -> dict[str, tuple[Setting, dict[Setting, float]]]:
+    """Returns each contender's best setting and all that were tried; they are tuned in turns."""
+    warmups = parse_numbers(settings, "warmups")
+    contenders = {c.name: c for c in settings.contenders}
+    tunings = {name: tune(c, warmups, settings.budget) for name, c in contenders.items()}
+    wanted, done = {name: next(tuning) for name, tuning in tunings.items()}, {}
+    tried: dict[str, dict[Setting, float]] = {name: {} for name in tunings}
+    while wanted:
+        pairs = [(name, setting) for name, new in wanted.items() for setting in new]
+        specs = [spec_of(settings, contenders[name], x, settings.tuning_length, 0)
+                 for name, x in pairs]
+        for (name, x), result in zip(pairs, settings.run_all(specs), strict=True):
+            tried[name][x] = result.loss
+        for name in list(wanted):
+            try:
+                wanted[name] = tunings[name].send(tried[name])
+            except StopIteration as stopped:
+                done[name] = stopped.value, tried[name]
+                del wanted[name]
+    return done
+
+
+def check_shared(settings: LeaderboardSettings) -> None:
+    """Raises ConfigError where losses or steps would not measure the same thing."""
+    first, *others = settings.contenders
+    base = RunSpec("", (*settings.extra, *first.flags)).config()
+    for contender in others:
+        config = RunSpec("", (*settings.extra, *contender.flags)).config()
+        for key in (*SHARED_KEYS, "total_batch_size"):
+            if getattr(config, key) != getattr(base, key):
+                raise ConfigError(f"{contender.name} has {key} = {getattr(config, key)!r}, "
+                                  f"{first.name} {getattr(base, key)!r}: give both the same",
+                                  "baseline", "candidates")
+
+
+def markdown(settings: LeaderboardSettings, outcomes: list[Outcome]) -> str:
+    """Returns how the contenders were tuned, a table for each length, and the verdicts."""
+    base, *others = outcomes
+    first = base.runs[settings.lengths[0]][0]
+    lines = [f"{first.plan.parameters / 1e6:.2f}M parameters, {first.config.tokens_per_step:,} "
+             f"tokens per step, validation on {first.config.eval_windows:,} windows; "
+             f"{settings.budget} runs tuned each contender at T = {settings.tuning_length:,}; "
+             f"{settings.seeds} seeds", ""]
+    verdicts = []
+    for T in reversed(settings.lengths):
+        rows = judge.compare(base.losses(), {o.contender.name: o.losses() for o in others}, T)
+        lines += [f"T = {T:,}:", "", "| | at its best | loss (standard error) | difference to "
+                  f"{base.contender.name} (95 %) | speed-up in steps (95 %) | in processor time | "
+                  "in FLOPs | bytes of state per parameter |", "|---" * 8 + "|"]
+        table = [(mean(base.losses()[T]), _row(base, base, T, None))]
+        for outcome in others:
+            row = rows[outcome.contender.name]
+            table.append((row.mean, _row(outcome, base, T, row)))
+            if settings.lengths[-1] == T:
+                verdicts.append((row.mean, f"- {outcome.contender.name}: {row.verdict()}"))
+        lines += [text for _, text in sorted(table, key=lambda pair: pair[0])] + [""]
+    lines += [f"At T = {settings.lengths[-1]:,}, after Holm's correction over "
+              f"{len(others)} contenders:", ""]
+    return "\n".join(lines + [text for _, text in sorted(verdicts, key=lambda pair: pair[0])])
+
+
+def _row(outcome: Outcome, base: Outcome, T: int, row: "judge.Row | None") -> str:
+    losses = [run.loss for run in outcome.runs[T]]
+    loss = "diverged" if math.inf in losses else \
+        f"{mean(losses):.4f} ({judge.standard_error(losses):.4f})"
+    cells = [outcome.contender.name, outcome.describe(), loss]
+    if row is None:
+        cells += ["", "1", "1", "1"]
+    else:
+        time = base.processor_seconds / outcome.processor_seconds
+        cells += [row.difference_text(), row.speed_up.text(1.0), row.speed_up.text(time),
+                  row.speed_up.text(base.flops / outcome.flops)]
+    return f"| {' | '.join([*cells, f'{outcome.state_bytes:.1f}'])} |"
+
+
+def remake(data: dict) -> str:
+    """Returns what `markdown` does of stored runs; raises ConfigError."""
+    settings = LeaderboardSettings(**data["settings"])
+    return markdown(settings, run_leaderboard(Replaying(settings, data, "all")))
+
+
+@command()
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    settings, _ = load(LeaderboardSettings, argv, "python -m experiments.leaderboard "
+                                                  "--baseline=... --candidates=... [--key=value]")
+    judge.require_scipy()
+    runs = Remembering(settings)
+    text, out = markdown(settings, run_leaderboard(runs)), Path(settings.out_dir)
+    kept = {key: value for key, value in vars(settings).items()
+            if key not in ("out_dir", "jobs", "contenders")}
+    data = archive(command_line("experiments.leaderboard", argv), {"all": runs.results.values()},
+                   experiment="leaderboard", settings=kept)
+    write_text(out / "leaderboard.md", text + "\n")
+    write_text(out / "leaderboard.json", json.dumps(data) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,195 @@
+"""The judge: tuning alike, speed-ups against known curves, verdicts, tables from stored runs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import judge, leaderboard, report, study
+from experiments.leaderboard import Contender, LeaderboardSettings, Setting, tune
+from nanosophia import optimizers
+from nanosophia.configurator import ConfigError
+from tests.test_experiments import quick  # noqa: F401  (a fixture)
+
+CONTENDER = "a: optimizer=adamw,learning_rate=1|2|4,beta1=0.9|0.8,beta2=0.99|0.95"
+
+
+def tuned(loss, *, warmups=(0.1, 0.2), budget=9, text=CONTENDER):
+    """The best setting for a loss function, and all that were tried, in their order."""
+    tuning, tried = tune(Contender.parse(text), list(warmups), budget), {}
+    wanted = next(tuning)
+    while True:
+        tried |= {setting: loss(setting) for setting in wanted}
+        try:
+            wanted = tuning.send(tried)
+        except StopIteration as stopped:
+            return stopped.value, tried
+
+
+def bowl(rate, warmup=0.1, options=("0.9", "0.99")):
+    """A loss with its least at a setting."""
+    return lambda s: (math.log2(s.rate / rate) ** 2 + (s.warmup != warmup)
+                      + sum(x != y for x, y in zip(s.options, options, strict=False)))
+
+
+@pytest.mark.parametrize("rate", [0.26, 1.0, 2.1, 3.9, 15.0])
+@pytest.mark.parametrize("warmup", [0.1, 0.2])
+@pytest.mark.parametrize("options", [("0.9", "0.99"), ("0.8", "0.95")])
+def test_tuning_finds_the_least_loss_within_its_budget(rate, warmup, options):
+    best, tried = tuned(bowl(rate, warmup, options), budget=10)
+    assert len(tried) == 10 and (best.warmup, best.options) == (warmup, options)
+    assert abs(math.log2(best.rate / rate)) <= 0.75
+    assert best == min(tried, key=tried.get)
+
+
+def test_every_contender_has_as_many_runs_whatever_it_has_to_tune():
+    for text in (CONTENDER, "b: optimizer=lion,learning_rate=1|2|4", "c: optimizer=adamw"):
+        for budget in (3, 4, 7, 12):
+            assert len(tuned(bowl(3e-3), text=text, budget=budget)[1]) == budget
+
+
+def test_a_ladder_goes_on_where_its_end_is_best_also_beside_runs_that_diverge():
+    best, tried = tuned(lambda s: math.inf if s.rate > 2 else -s.rate, text="a: optimizer=adamw,"
+                        "learning_rate=0.25|0.5|1", warmups=(0.1,), budget=7)
+    assert [s.rate for s in tried][:5] == [0.25, 0.5, 1, 2, 4]
+    assert best.rate == 2 and any(2 < s.rate < 4 for s in list(tried)[5:])
+    best, tried = tuned(lambda s: math.inf, budget=5)
+    assert len(tried) == 5
+
+
+@pytest.mark.parametrize("text, words", [
+    ("adamw", "is no contender"), (": optimizer=adamw", "is no contender"), ("a:", "no contender"),
+    ("a/b: optimizer=adamw", "is no contender"),
+    ("a: optimizer=adamw,learning_rate=x|y", "are no numbers"),
+    ("a: optimizer=adamw,beta1=1|1", "an alternative of beta1 is given twice")])
+def test_what_is_no_contender_is_refused(text, words):
+    with pytest.raises(ConfigError, match=words):
+        Contender.parse(text)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(max_iters="10.5"), "are not whole numbers"), (dict(longer="0.5"), "multiples above 1"),
+    (dict(warmups="1"), "shares below 1"), (dict(baseline=""), "baseline is not given"),
+    (dict(candidates="a: optimizer=lion"), "two contenders have one name")])
+def test_settings_that_make_no_leaderboard_are_refused(flags, words):
+    given = dict(baseline="a: optimizer=adamw", candidates="b: optimizer=lion", max_iters="10,20")
+    with pytest.raises(ConfigError, match=words):
+        LeaderboardSettings(**given | flags)
+
+
+def test_a_speed_up_is_read_off_the_baselines_curve():
+    lengths = [100, 200, 400]
+    curve = np.array([[3.0, 2.0, 1.0]])
+    for loss, T, expected in ((2.0, 100, 2.0), (1.0, 100, 4.0), (3.0, 100, 1.0), (2.0, 400, 0.5),
+                              (1.5, 100, 2 * 2 ** 0.5), (0.5, 100, 4.0), (9.0, 200, 0.5)):
+        found = judge.speed_ups(lengths, curve, T, np.array([loss]))
+        assert found[0] == pytest.approx(expected)
+    # A baseline that is worse at a longer length: its best so far counts.
+    rising = judge.speed_ups(lengths, np.array([[3.0, 2.0, 2.5]]), 100, np.array([2.0]))
+    assert rising[0] in (pytest.approx(2.0), pytest.approx(4.0))
+
+
+def cells(speed, *, noise, seed, lengths=(100, 200, 400), seeds=3):
+    """Losses of a contender that is `speed` times as fast as 5 - log2 T."""
+    rng = np.random.default_rng(seed)
+    return {T: list(12 - math.log2(T * speed) + noise * rng.standard_normal(seeds))
+            for T in lengths}
+
+
+def test_intervals_cover_the_truth_and_verdicts_keep_their_word():
+    """Of 200 comparisons without a difference few may claim one; of real ones most must."""
+    covered, false, found = 0, 0, 0
+    for seed in range(200):
+        base = cells(1, noise=0.05, seed=2 * seed, lengths=(100, 200, 400, 800, 1600))
+        others = {"same": cells(1, noise=0.05, seed=2 * seed + 1),
+                  "fast": cells(1.6, noise=0.05, seed=seed + 1000)}
+        rows = judge.compare(base, others, 200)
+        covered += rows["same"].speed_up.low <= 1 <= rows["same"].speed_up.high
+        false += "faster" in rows["same"].verdict() or "slower" in rows["same"].verdict()
+        found += rows["fast"].verdict().endswith(": faster")
+    assert covered > 170 and false < 20 and found > 190
+
+
+def test_a_verdict_of_twice_needs_an_interval_above_two():
+    base = cells(1, noise=0.01, seed=0, lengths=(100, 200, 400, 800, 1600))
+    rows = judge.compare(base, {str(speed): cells(speed, noise=0.01, seed=i)
+                                for i, speed in enumerate((3, 2, 0.5), 1)}, 200)
+    assert rows["3"].verdict().endswith("at least twice as fast")
+    assert rows["2"].verdict().endswith(": faster")
+    assert rows["0.5"].verdict().endswith(": slower")
+    assert rows["3"].speed_up.text(1.0).startswith(("2.9", "3.0", "3.1"))
+
+
+def test_one_seed_and_diverged_runs_give_no_verdict():
+    base = cells(1, noise=0, seed=0, seeds=1)
+    rows = judge.compare(base, {"one": cells(2, noise=0, seed=0, seeds=1),
+                                "lost": {T: [math.inf] for T in (100, 200, 400)}}, 200)
+    assert "one seed, so no verdict" in rows["one"].verdict()
+    assert rows["lost"].verdict() == "it diverged" and rows["lost"].difference_text() == ""
+
+
+def test_holm_steps_down():
+    assert judge.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "c": 0.06, "b": 0.06})
+    assert judge.holm({"a": 0.5, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_intervals_are_students():
+    mean, half = judge.t_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-4)
+    assert math.isnan(judge.t_interval([1.0])[1])
+
+
+def test_a_leaderboard_runs_each_cell_once_and_its_table_is_made_again(
+        quick, tmp_path, capsys):  # noqa: F811
+    flags = " ".join(flag for flag in quick if not flag.startswith(("--gamma", "--warmup")))
+    argv = ["--baseline=adamw: optimizer=adamw,learning_rate=1e-3|1e-2|1e-1",
+            "--candidates=muon: optimizer=muon,muon_momentum=0.9|0.95; soap: optimizer=soap",
+            "--max_iters=4,8", "--longer=2", "--seeds=2", "--budget=4", "--warmups=0.25",
+            f"--flags={flags}", f"--out_dir={tmp_path / 'out'}"]
+    leaderboard.main(argv)
+    printed = capsys.readouterr().out
+    # Tuned at T = 8 with seed 0, which is one of the cells; the baseline has one length more.
+    assert printed.count(": loss ") == 3 * 4 + 3 * (2 * 2 - 1) + 2
+    assert printed.count("| adamw | lr ") == printed.count("| soap | lr ") == 2
+    assert "- muon: " in printed and "after Holm's correction over 2 contenders" in printed
+    leaderboard.main(argv)
+    assert ": loss " not in capsys.readouterr().out
+    results = tmp_path / "results"
+    (results / "runs").mkdir(parents=True)
+    (results / "runs" / "board.json").write_text(
+        (tmp_path / "out" / "leaderboard.json").read_text())
+    (results / "page.md").write_text("<!-- board -->\n<!-- end -->\n")
+    report.main([f"--results={results}"])
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert [line for line in (results / "page.md").read_text().splitlines()
+            if line.startswith("|")] == table
+    data = json.loads((results / "runs" / "board.json").read_text())
+    assert len(data["groups"]["all"]) == 3 * 4 + 3 * 3 + 2
+
+
+def test_contenders_of_other_batches_are_refused(refused):
+    assert "soap has total_batch_size = 7, adamw 480: give both the same" in refused(
+        leaderboard.main, ["--baseline=adamw: optimizer=adamw", "--max_iters=10000",
+                           "--candidates=soap: optimizer=soap,total_batch_size=7"])
+
+
+@pytest.mark.parametrize("name", study.SETTINGS)
+def test_every_setting_of_the_study_lists_runs_that_train_takes(name, capsys):
+    board = study.board(study.StudySettings(setting=name))
+    for contender in board.contenders:
+        for values in ([v[0] for v in contender.options.values()],
+                       [v[-1] for v in contender.options.values()]):
+            setting = Setting(contender.rates[0], 0.05, tuple(values))
+            for T in board.lengths:
+                config = leaderboard.spec_of(board, contender, setting, T, 0).config()
+                assert config.max_iters == T > config.warmup_iters
+                optimizers.check(config, 1)
+    study.main([f"--setting={name}", "--dry_run"])
+    out = capsys.readouterr().out
+    assert f"{len(board.contenders) * board.budget} runs to tune" in out
+
+
+def test_the_study_refuses_a_setting_that_is_not_there(refused):
+    assert "is none of stdlib, " in refused(study.main, ["--setting=mars"])

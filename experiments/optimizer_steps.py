@@ -4,9 +4,10 @@
 
 The optimizers step on the parameters of the config's model, which have random gradients. They take
 turns, round after round; a ratio is taken within a round, and the table shows the median over the
-rounds with the smallest and the largest. Times are processor time on the CPU and synchronised wall
-time on CUDA; the first call, which includes compilation, is always wall time. bench.py times whole
-training steps.
+rounds with the smallest and the largest, and the bytes of state. Optimizers of hidden matrices have
+AdamW for the rest; what SOAP and Kron do now and then is timed apart. Times are processor time on
+the CPU and synchronised wall time on CUDA; the first call, which includes compilation, is always
+wall time. bench.py times whole training steps.
 """
 
 if __name__ == "__main__":
@@ -27,7 +28,8 @@ from nanosophia.command import command
 from nanosophia.configurator import load, option
 from nanosophia.controlled_gamma import ControlledSophia
 from nanosophia.distributed import start_ranks
-from nanosophia.optimizers import parameter_groups
+from nanosophia.optimizer_state import flatten_state
+from nanosophia.optimizers import build, parameter_groups, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
 from nanosophia.tokenizer import GPT2_CLASSES
 from nanosophia.update_rules import compiled_update, sliced_update
@@ -50,6 +52,7 @@ class Contender:
 
     step: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
+    optimizer: torch.optim.Optimizer | None = None  # whose state is counted
 
 
 def measure(settings: OptimizerStepsSettings) -> dict:
@@ -60,6 +63,7 @@ def measure(settings: OptimizerStepsSettings) -> dict:
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     contenders = build_contenders(settings, model)
+    parameters = model.num_params(non_embedding=False)
 
     def seconds(contender: Contender):
         contender.prepare()
@@ -76,8 +80,10 @@ def measure(settings: OptimizerStepsSettings) -> dict:
         ratios = [times[name] / times[BASELINE] for times in rounds]
         rows[name] = dict(ms=1e3 * median(times[name] for times in rounds), ratio=median(ratios),
                           least=min(ratios), most=max(ratios), first_ms=1e3 * first[name])
-    return dict(rows=rows, parameters=model.num_params(non_embedding=False), repeats=len(rounds),
-                **environment(device))
+        if optimizer := contenders[name].optimizer:
+            state = sum(x.nbytes for x in flatten_state(optimizer)[0].values())
+            rows[name]["state_bytes"] = state / parameters
+    return dict(rows=rows, parameters=parameters, repeats=len(rounds), **environment(device))
 
 
 def build_contenders(settings: OptimizerStepsSettings, model: GPT) -> dict[str, Contender]:
@@ -102,19 +108,41 @@ def build_contenders(settings: OptimizerStepsSettings, model: GPT) -> dict[str, 
     tensors, rows = sophia(gamma_target=0.9), sophia(gamma_target=0.9)
     for group in rows.param_groups:
         group["gamma_rows"] = group["kind"] == "embedding"
+    def named(name: str) -> torch.optim.Optimizer:
+        """Returns an optimizer as train.py builds it."""
+        config = with_own_defaults(replace(settings, optimizer=name), {})
+        return build(config, model, num_classes=GPT2_CLASSES).optimizer
+
+    def whole(optimizer: torch.optim.Optimizer, **entries) -> Contender:
+        """Returns its step with entries of the groups that have them set."""
+        def prepare() -> None:
+            for group in optimizer.param_groups:
+                group.update({key: value for key, value in entries.items() if key in group})
+
+        return Contender(optimizer.step, prepare, optimizer)
+
+    soap, kron = named("soap"), named("kron")
     device = model.transformer.wte.weight.device
-    fused = dict(fused=True) if device.type in ("cpu", "cuda") else {}
+    adamw = torch.optim.AdamW(groups(), **(
+        dict(fused=True) if device.type in ("cpu", "cuda") else {}))
     return {
-        BASELINE: Contender(torch.optim.AdamW(groups(), **fused).step),
+        BASELINE: whole(adamw),
         "AdamW, torch foreach": Contender(torch.optim.AdamW(groups(), foreach=True).step),
-        "Lion": Contender(Lion(groups()).step),
-        "Sophia, eager": Contender(eager.step),
+        "Lion": whole(Lion(groups())),
+        "Sophia, eager": whole(eager),
         "Sophia, compiled": Contender(compiled.step),
         "Sophia, compiled, gamma per tensor, no refresh": Contender(tensors.step),
         "Sophia, compiled, gamma per tensor, refresh": after_estimate(tensors),
         "Sophia, compiled, embedding by rows, no refresh": Contender(rows.step),
         "Sophia, compiled, embedding by rows, refresh": after_estimate(rows),
         "Sophia, update_hessian": Contender(lambda: eager.update_hessian(estimates)),
+        "AdEMAMix": whole(named("ademamix")), "MARS": whole(named("mars")),
+        "Schedule-Free AdamW": whole(named("schedule_free")),
+        "Muon, torch": whole(named("muon")), "metric Muon": whole(named("metric_muon")),
+        "SOAP, no new basis": whole(soap, frequency=10**9),
+        "SOAP, new basis": whole(soap, frequency=1),
+        "Kron, factors as they are": whole(kron, probability=1e-9),
+        "Kron, factors follow": whole(kron, probability=1.0),
     }
 
 
@@ -123,11 +151,12 @@ def table(report: dict) -> str:
     lines = [f"{report['parameters'] / 1e6:.1f}M parameters, {report['device']} "
              f"({report['device_name']}), {report['threads']} threads, torch {report['torch']}, "
              f"{report['repeats']} rounds", "",
-             "| optimizer step | ms | x fused AdamW | least-most | first call, ms |",
-             "|---|---|---|---|---|"]
+             "| optimizer step | ms | x fused AdamW | least-most | first call, ms | bytes of state "
+             "per parameter |", "|---" * 6 + "|"]
     for name, row in report["rows"].items():
+        state = f"{row['state_bytes']:.1f}" if "state_bytes" in row else ""
         lines.append(f"| {name} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['least']:.2f}-"
-                     f"{row['most']:.2f} | {row['first_ms']:.0f} |")
+                     f"{row['most']:.2f} | {row['first_ms']:.0f} | {state} |")
     return "\n".join(lines)
 
 

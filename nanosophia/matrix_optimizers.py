@@ -309,6 +309,6 @@ def _spectral_norm_bound(a: Tensor) -> Tensor:
     from its longest row."""
     largest = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
     a = a / largest
-    row = a[a.square().sum(1).argmax()]
+    row = a.index_select(0, a.square().sum(1).argmax().reshape(1)).flatten()
     x = a @ (row / row.norm().clamp_min(torch.finfo(a.dtype).tiny))
     return largest * (a @ (x / x.norm().clamp_min(torch.finfo(a.dtype).tiny))).norm()

@@ -123,16 +123,20 @@ def test_gpt2_configs_are_table_2_and_divide_over_gpus(size, optimizer):
 OTHERS = {
     "lion": dict(medium=6e-5, small=1.5e-4) | {"30m": 4e-4},
     "sophiah": dict(small=6e-4, medium=4e-4, large=3e-4) | {"30m": 1e-3, "540m": 4e-4},
-    "muon": dict(small=6e-4) | {"30m": 1.2e-3},
-}
+} | {name: dict(small=6e-4) | {"30m": 1.2e-3} for name in (
+    "muon", "metric_muon", "metric_muon_gnb", "soap", "kron", "ademamix", "mars",
+    "schedule_free")}
 
 
 @pytest.mark.parametrize("optimizer, size", [(o, s) for o in OTHERS for s in OTHERS[o]])
 def test_the_other_optimizers_configs_differ_in_the_optimizer_alone(optimizer, size):
     config = shipped(f"train_gpt2_{size}_{optimizer}")
     assert (config.optimizer, config.learning_rate) == (optimizer, OTHERS[optimizer][size])
-    same = (*MODEL_KEYS, "total_batch_size", "batch_size", "max_iters", "warmup_iters",
-            "min_lr_ratio", "grad_clip", "dataset")
+    same = [*MODEL_KEYS, "total_batch_size", "batch_size", "max_iters", "warmup_iters",
+            "min_lr_ratio", "grad_clip", "dataset"]
+    if optimizer == "schedule_free":
+        same.remove("min_lr_ratio")
+        assert config.min_lr_ratio == 1
     reference = shipped(f"train_gpt2_{size}_{'adamw' if optimizer == 'lion' else 'sophiag'}")
     assert [getattr(config, k) for k in same] == [getattr(reference, k) for k in same]
     given = with_own_defaults(Config(optimizer=optimizer), {})

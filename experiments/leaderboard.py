@@ -11,7 +11,9 @@ alternatives, `key=a|b`: an option of its own that is tuned, the first value fir
 Each contender is tuned at the length --tune_at by the same number of runs, --budget, with the
 first seed: the ladder, which goes on beyond an end that is best; warm-ups (--warmups, as shares of
 the run); its options, one after the other; then rates between or beyond those tried. At its best it
-runs with every seed at every length T, the baseline also at `longer` times the longest.
+runs with every seed at every length T, the baseline also at `longer` times the longest. With
+--trunk one run with a constant rate serves all lengths: the shorter ones branch off it where their
+cooldown begins, with the losses that they would have had alone.
 
 Reported at each T: the mean final loss and its standard error; the difference to the baseline with
 the same seeds and its 95 % interval by Student's t; the speed-up: the T at which the baseline has
@@ -56,6 +58,8 @@ class LeaderboardSettings(RunSettings):
                              "max_iters", low=0)
     budget: int = option(9, "runs that tune each contender", low=3)
     warmups: str = option("0.05,0.15", "warm-ups, as shares of the run, the first one first")
+    trunk: bool = option(
+        False, "schedule = wsd, and the shorter lengths branch their cooldowns off the longest run")
     seeds: int = option(3, "runs of each cell, with seeds 0, 1, ...", low=1)
 
     def check(self) -> None:
@@ -149,10 +153,35 @@ def spec_of(settings: LeaderboardSettings, contender: Contender, setting: Settin
         learning_rate=f"{setting.rate:.5g}", warmup_iters=round(setting.warmup * steps),
         max_iters=steps, seed=seed, eval_interval=steps, checkpoint_interval=steps,
         log_interval=max(1, steps // RECORDS))
+    if settings.trunk:
+        values["schedule"] = "wsd"
     name = "_".join([contender.name, f"T{steps}", f"lr{setting.rate:.5g}", f"w{setting.warmup:g}",
                      *setting.options, f"s{seed}"])
     return RunSpec(name, (*settings.extra, *contender.flags,
                           *(f"--{key}={value}" for key, value in values.items())))
+
+
+def trunk_and_branches(settings: LeaderboardSettings, contender: Contender, setting: Setting,
+                       lengths: list[int], seed: int) -> dict[int, RunSpec]:
+    """Returns by length the longest run, which saves where cooldowns begin, and its branches.
+
+    All warm up as the shortest does. Raises ConfigError where no few saves hit all beginnings.
+    """
+    specs = {T: spec_of(settings, contender, setting, T, seed) for T in lengths}
+    share = specs[lengths[0]].config().cooldown_fraction
+    begins = {T: round((1 - share) * T) for T in lengths[:-1]}
+    interval = math.gcd(*begins.values()) if begins else lengths[-1]
+    if interval * 100 < lengths[-1]:
+        raise ConfigError(f"cooldowns of max_iters = {settings.max_iters} begin at "
+                          f"{', '.join(map(str, begins.values()))}, which have no large common "
+                          "divisor; choose lengths that are multiples of one another", "max_iters")
+    more = (f"--warmup_iters={round(setting.warmup * lengths[0])}",)
+    saves = (f"--checkpoint_interval={interval}", "--keep_best=False",
+             f"--keep_checkpoints={lengths[-1] // interval + 2}")
+    longest = specs[lengths[-1]]
+    trunk = RunSpec(f"{longest.name}_trunk", (*longest.flags, *more, *saves))
+    return {T: RunSpec(f"{spec.name}_branch", (*spec.flags, *more), (trunk.name, begins[T]))
+            if T in begins else trunk for T, spec in specs.items()}
 
 
 Tuning = Generator[list[Setting], dict[Setting, float], Setting]
@@ -251,17 +280,23 @@ def run_leaderboard(settings: LeaderboardSettings) -> list[Outcome]:
     """
     contenders = settings.contenders
     check_shared(settings)
-    tuned = tune_all(settings)
-    cells = [(c, T, seed) for c in contenders for seed in range(settings.seeds)
-             for T in (settings.baseline_lengths if c is contenders[0] else settings.lengths)]
-    # Longest first, so that no long run is left over at the end.
-    order = sorted(range(len(cells)), key=lambda i: -cells[i][1])
-    results = settings.run_all([spec_of(settings, cells[i][0], tuned[cells[i][0].name][0],
-                                        *cells[i][1:]) for i in order])
-    by_cell = {(cells[i][0].name, *cells[i][1:]): r for i, r in zip(order, results, strict=True)}
+    tuned, specs = tune_all(settings), {}
+    for c in contenders:
+        lengths = settings.baseline_lengths if c is contenders[0] else settings.lengths
+        best, _ = tuned[c.name]
+        for seed in range(settings.seeds):
+            found = trunk_and_branches(settings, c, best, lengths, seed) if settings.trunk else {
+                T: spec_of(settings, c, best, T, seed) for T in lengths}
+            specs |= {(c.name, T, seed): spec for T, spec in found.items()}
+    # Trunks before their branches, and longest first, so that no long run is left over at the end.
+    order = sorted(specs, key=lambda cell: -cell[1])
+    results: dict[tuple, Result] = {}
+    for branches in (False, True):
+        cells = [cell for cell in order if bool(specs[cell].branch) is branches]
+        results |= zip(cells, settings.run_all([specs[cell] for cell in cells]), strict=True)
     return [Outcome(c, *tuned[c.name], {
-        T: [by_cell[c.name, T, seed] for seed in range(settings.seeds)]
-        for T in sorted({T for name, T, _ in by_cell if name == c.name})}) for c in contenders]
+        T: [results[c.name, T, seed] for seed in range(settings.seeds)]
+        for T in sorted({T for name, T, _ in specs if name == c.name})}) for c in contenders]
 
 
 def tune_all(settings: LeaderboardSettings) -> dict[str, tuple[Setting, dict[Setting, float]]]:
@@ -289,6 +324,11 @@ def tune_all(settings: LeaderboardSettings) -> dict[str, tuple[Setting, dict[Set
 def check_shared(settings: LeaderboardSettings) -> None:
     """Raises ConfigError where losses or steps would not measure the same thing."""
     first, *others = settings.contenders
+    if settings.trunk:
+        setting = Setting(first.rates[0], parse_numbers(settings, "warmups")[0],
+                          tuple(values[0] for values in first.options.values()))
+        for lengths in (settings.lengths, settings.baseline_lengths):
+            trunk_and_branches(settings, first, setting, lengths, 0)
     base = RunSpec("", (*settings.extra, *first.flags)).config()
     for contender in others:
         config = RunSpec("", (*settings.extra, *contender.flags)).config()

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from experiments.plot import read_config, read_metrics
 from nanosophia import dry_run, optimizers
+from nanosophia.checkpoint import checkpoint_folders
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
 from nanosophia.files import append_text, reason, reopen
 from nanosophia.options import Config
@@ -76,10 +77,12 @@ class RunSettings(Settings):
 @dataclass(frozen=True)
 class RunSpec:
     """One run to make: the name of its folder, and train.py's flags without --out_dir and
-    --init_from."""
+    --init_from. It starts from scratch, or where `branch`, the name of another run that was made
+    before and a step that it saved, left off."""
 
     name: str
     flags: tuple[str, ...]
+    branch: tuple[str, int] | None = None
 
     def load(self) -> tuple[Config, dict[str, str]]:
         """Returns the resolved settings and the source of each given key; raises ConfigError."""
@@ -142,9 +145,13 @@ class Result:
 
     @property
     def processor_seconds(self) -> float:
-        """Returns the processor time per step, NaN where it was not recorded."""
-        found = [r["processor_seconds"] for r in self.records if "processor_seconds" in r]
-        return sum(found) / self.steps if found and self.steps else math.nan
+        """Returns the processor time per step, NaN where it was not recorded.
+
+        The first record is left out, whose step is the slowest.
+        """
+        found = [r for r in self.records if "processor_seconds" in r]
+        steps = found[-1]["step"] - found[0]["step"] if found else 0
+        return sum(r["processor_seconds"] for r in found[1:]) / steps if steps else math.nan
 
     @property
     def tokens(self) -> int:
@@ -276,12 +283,15 @@ def _train(spec: RunSpec, folder: Path, ranks: int, threads: int,
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+    begins = "auto"
+    if spec.branch and not checkpoint_folders(folder):
+        begins = f"{folder.parent / spec.branch[0]}@{spec.branch[1]}"
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     append_text(folder / "log.txt", "")  # refuses a link, and makes the file
     with io.TextIOWrapper(reopen(folder / "log.txt"), errors="replace") as log:
         start = log.seek(0, os.SEEK_END)
         code = processes.start([*launch, str(ROOT / "train.py"), *spec.flags, f"--out_dir={folder}",
-                                "--init_from=auto"], stdout=log, stderr=log,
+                                f"--init_from={begins}"], stdout=log, stderr=log,
                                env=environment).wait()
         log.seek(start)
         text = log.read()

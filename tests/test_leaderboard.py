@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from experiments import judge, leaderboard, report, study
+from experiments import judge, leaderboard, report, runs, study
 from experiments.leaderboard import Contender, LeaderboardSettings, Setting, tune
+from experiments.runs import RunSpec
 from nanosophia import optimizers
 from nanosophia.configurator import ConfigError
 from tests.test_experiments import quick  # noqa: F401  (a fixture)
@@ -167,6 +168,36 @@ def test_a_leaderboard_runs_each_cell_once_and_its_table_is_made_again(
             if line.startswith("|")] == table
     data = json.loads((results / "runs" / "board.json").read_text())
     assert len(data["groups"]["all"]) == 3 * 4 + 3 * 3 + 2
+
+
+def test_branches_of_a_trunk_end_as_runs_of_their_own_would(quick, tmp_path, capsys):  # noqa: F811
+    flags = " ".join(flag for flag in quick if not flag.startswith(("--gamma", "--warmup")))
+    argv = ["--baseline=adamw: optimizer=adamw", "--candidates=soap: optimizer=soap", "--trunk",
+            "--max_iters=10,20", "--longer=2", "--seeds=1", "--budget=3", "--warmups=0.2",
+            f"--flags={flags}", f"--out_dir={tmp_path / 'out'}"]
+    leaderboard.main(argv)
+    assert "| adamw | lr " in capsys.readouterr().out
+    settings = LeaderboardSettings(baseline="adamw: optimizer=adamw", candidates="soap: "
+                                   "optimizer=soap", max_iters="10,20", longer="2", seeds=1,
+                                   budget=3, warmups="0.2", trunk=True, flags=flags)
+    branches = [path for path in (tmp_path / "out").iterdir() if path.name.endswith("_branch")]
+    assert len(branches) == 3  # T = 10 and 20 of one, 10 of the other
+    for path in branches:
+        first = json.loads((path / "metrics.jsonl").read_text().splitlines()[0])
+        config = json.loads((path / "config.json").read_text())
+        assert first["step"] == round(0.8 * config["max_iters"])
+        contender = next(c for c in settings.contenders if path.name.startswith(c.name))
+        setting = Setting(config["learning_rate"], 0.2, ())
+        alone = leaderboard.spec_of(settings, contender, setting, config["max_iters"], 0)
+        alone = RunSpec("alone", (*alone.flags, "--warmup_iters=2"))
+        result, = runs.run_all([alone], tmp_path / path.name)
+        assert result.loss == runs.Result("", path, False).loss
+
+
+def test_a_trunk_whose_branches_have_no_common_step_is_refused(refused):
+    assert "have no large common divisor" in refused(leaderboard.main, [
+        "--baseline=adamw: optimizer=adamw", "--candidates=soap: optimizer=soap", "--trunk",
+        "--max_iters=101,997", "--budget=3"])
 
 
 def test_contenders_of_other_batches_are_refused(refused):

@@ -197,7 +197,7 @@ def test_branches_of_a_trunk_end_as_runs_of_their_own_would(quick, tmp_path, cap
 def test_a_trunk_whose_branches_have_no_common_step_is_refused(refused):
     assert "have no large common divisor" in refused(leaderboard.main, [
         "--baseline=adamw: optimizer=adamw", "--candidates=soap: optimizer=soap", "--trunk",
-        "--max_iters=101,997", "--budget=3"])
+        "--max_iters=101,503,997", "--budget=3"])
 
 
 def test_contenders_of_other_batches_are_refused(refused):

@@ -22,12 +22,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Losses = Iterable[Callable[[], tuple[Tensor, Tensor]]]  # each gives a summed loss, and of how many
 AllReduce = Callable[[list[Tensor]], None] | None  # sums tensors over ranks, in place
+
+
+def sum_over_process_group(tensors: list[Tensor]) -> None:
+    """Sums tensors in place over the ranks of torch's default process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def sophia_update(theta: Tensor, g: Tensor, m: Tensor, h: Tensor, gamma, lr, decay, beta1: float,
@@ -213,8 +221,15 @@ class Sophia(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores `state_dict()`, keeping the state's own precision under bf16 parameters.
 
-        Raises ValueError, and changes nothing, on the state of another optimizer or model.
+        Options that it lacks, of an older version, have this optimizer's defaults. Raises
+        ValueError, and changes nothing, on the state of another optimizer or model.
         """
+        if any("rho" in group for group in state_dict["param_groups"]):
+            raise ValueError("a state of the authors' SophiaG: its h lacks the number of labels as "
+                             "a factor and its rho is our gamma; make a new optimizer, and copy "
+                             "exp_avg and h times that number if they matter")
+        state_dict = state_dict | dict(param_groups=[
+            self.defaults | group for group in state_dict["param_groups"]])
         saved, params = state_dict["state"], [p for _, p in self._items()]
         order = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(order, params, strict=False):  # torch compares their numbers
@@ -286,7 +301,7 @@ def hutchinson(losses: Iterable[Callable[[], Tensor]], params: Sequence[Tensor],
 
 
 def gauss_newton_bartlett(losses: Losses, params: Sequence[Tensor], *,
-                          all_reduce: AllReduce = None) -> list[Tensor | None]:
+                          all_reduce: AllReduce = sum_over_process_group) -> list[Tensor | None]:
     """Returns the Gauss-Newton-Bartlett estimate of the Hessian's diagonal (Algorithm 2).
 
     With labels drawn from the model's own distribution at n positions, and S the gradient of the
@@ -295,9 +310,10 @@ def gauss_newton_bartlett(losses: Losses, params: Sequence[Tensor], *,
 
     `losses` are functions that each compute the summed loss on sampled labels and their number, as
     `sampled_cross_entropy(model(x))` does on the bare model: one per micro-batch, to bound memory.
-    `all_reduce` sums a list of tensors over ranks in place, where each rank has its own rows. Where
-    there is no label, hhat is 0; a param that requires no gradient gets None. Raises ValueError
-    without losses.
+    `all_reduce` sums a list of tensors over ranks in place, where each rank has its own rows; by
+    default over torch's process group, so that ranks stay alike, with None not at all. Where there
+    is no label, hhat is 0; a param that requires no gradient gets None. Raises ValueError without
+    losses.
     """
     params = list(params)
     trained = [p for p in params if p.requires_grad]

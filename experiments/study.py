@@ -62,19 +62,19 @@ class Setting:
     lengths: str
     longer: str = "2,4"
     seeds: int = 3
-    budget: int = 9
+    budget: int = 8
     contenders: tuple[str, ...] = tuple(CONTENDERS)
 
 
 def _model(layers: int, width: int, context: int, rows: int, dataset: str) -> str:
-    return (f"--n_layer={layers} --n_head={max(4, width // 32)} --n_embd={width} "
+    return (f"--n_layer={layers} --n_head={max(3, width // 32)} --n_embd={width} "
             f"--block_size={context} --total_batch_size={rows} --batch_size={min(rows, 32)} "
             f"--hessian_batch_size={rows} --dataset={dataset} --eval_windows=2000")
 
 
 SETTINGS = {
-    # 0.15M parameters in blocks, 20 bytes per parameter at the longest T
-    "stdlib": Setting(_model(3, 64, 64, 32, "stdlib"), "375,750,1500"),
+    # 0.08M parameters in blocks, 20 bytes for each of them at the longest T
+    "stdlib": Setting(_model(3, 48, 64, 32, "stdlib"), "200,400,800"),
     "books_bytes": Setting(_model(4, 96, 128, 32, "books-bytes"), "200,400,800",
                            contenders=HEADLINE),
     "books_bytes_x4": Setting(_model(4, 96, 128, 128, "books-bytes"), "100,200,400",

@@ -1027,3 +1027,22 @@ def test_rounding_does_not_decide_whether_the_coordinate_at_the_quantile_is_clip
         optimizer.state[p]["exp_avg"].copy_(m * (1 + 1e-14 * torch.randn_like(m)))
         found.add(optimizer.statistics()["unclipped_fraction"].item())
     assert found == {15 / 16}
+
+
+def test_an_older_state_takes_what_it_lacks_from_the_defaults_and_the_authors_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    first = Sophia([p], lr=0.1, gamma=2.0)
+    p.grad = torch.ones(3)
+    first.step()
+    state = first.state_dict()
+    del state["param_groups"][0]["eps"]
+    second = Sophia([p], lr=0.3, gamma=3.0, eps=1e-5)
+    second.load_state_dict(state)
+    assert (second.param_groups[0]["gamma"], second.param_groups[0]["eps"]) == (2.0, 1e-5)
+    second.step()
+    foreign = dict(state=dict(state["state"]), param_groups=[dict(
+        lr=0.1, betas=(0.965, 0.99), rho=0.04, weight_decay=0.1, maximize=False, capturable=False,
+        params=[0])])
+    with pytest.raises(ValueError, match="a state of the authors' SophiaG"):
+        second.load_state_dict(foreign)
+    assert second.param_groups[0]["gamma"] == 2.0

@@ -160,11 +160,13 @@ def run_comparison(settings: CompareSettings) -> list[LengthResults]:
                               learning_rate=rate)
 
     def candidate(T: int, ratio: float, seed: int) -> RunSpec:
-        return contender_spec(settings, f"candidate_{ratio:g}T{T}", settings.candidate,
-                              round(ratio * T), seed)
+        steps = round(ratio * T)
+        return contender_spec(settings, f"candidate_T{steps}", settings.candidate, steps, seed)
 
     sweep_specs = [baseline(T, rate, 0) for T in lengths for rate in rates]
-    candidate_specs = [candidate(T, ratio, s) for T in lengths for ratio in ratios for s in seeds]
+    # Half of one T may be another T: that cell is run once.
+    candidate_specs = list(dict.fromkeys(
+        candidate(T, ratio, s) for T in lengths for ratio in ratios for s in seeds))
     settings.check_specs([*sweep_specs, *candidate_specs])
     swept = by_name(settings.run_all(sweep_specs))
     sweeps = {T: {rate: swept[baseline(T, rate, 0).name] for rate in rates} for T in lengths}

@@ -591,6 +591,16 @@ def test_contenders_whose_losses_are_not_of_the_same_thing_are_refused(quick, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cell_that_two_lengths_share_is_run_once(quick, tmp_path, capsys):
+    baseline, candidate, out = contenders(quick, tmp_path)
+    compare.main([baseline, candidate, out, "--max_iters=4,8", "--ratios=0.5,1"])
+    printed = capsys.readouterr().out
+    assert printed.count("candidate_T4_s0: loss ") == 1  # half of 8, and once 4
+    assert printed.count(": loss ") == 2 + 3
+    lines = [line for line in printed.splitlines() if line.startswith("| candidate, ")]
+    assert [line.split(" | ")[2] for line in lines] == ["2", "4", "4", "8"]
+
+
 def test_flags_for_every_run_come_before_what_the_protocol_sets(quick, tmp_path, capsys):
     baseline, candidate, out = contenders(quick, tmp_path)
     compare.main([baseline, candidate + ",total_batch_size=8", out, "--max_iters=6",
@@ -598,7 +608,7 @@ def test_flags_for_every_run_come_before_what_the_protocol_sets(quick, tmp_path,
     printed = capsys.readouterr().out
     assert "| baseline, T = 6 | 0.001 | 6 |" in printed
     assert "sees 32 tokens, one of the candidate 64: equal steps are not equal data" in printed
-    config = json.loads((tmp_path / "candidate_0.5T6_s0" / "config.json").read_text())
+    config = json.loads((tmp_path / "candidate_T3_s0" / "config.json").read_text())
     assert (config["seed"], config["grad_clip"], config["max_iters"]) == (0, 0.5, 3)
     with pytest.raises(runs.ConfigError, match="No closing quotation"):
         load(compare.CompareSettings, [baseline, candidate, "--flags=--x='"], "")

@@ -9,6 +9,10 @@ For the others first prepare a parquet file of books, in bytes and in GPT-2's to
         --out_dir=data/books-bytes
     python data/text/prepare.py --input=books.parquet --val_fraction=0.01 --out_dir=data/books
 
+The pictures are drawn from the stored runs of every setting that is there:
+
+    python -m experiments.study --picture=results/study.svg
+
 Each setting is a leaderboard (experiments.leaderboard) of the contenders below. --dry_run lists
 them. In --out_dir: SETTING.md and SETTING.json; the latter belongs in results/runs.
 """
@@ -17,17 +21,19 @@ if __name__ == "__main__":
     import nanosophia.startup  # noqa: F401
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import judge, leaderboard
 from experiments.archive import Remembering, Replaying, archive, command_line
-from experiments.leaderboard import LeaderboardSettings, run_leaderboard
+from experiments.leaderboard import LeaderboardSettings, Outcome, run_leaderboard
+from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
 from experiments.runs import RunSettings
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load, option
-from nanosophia.files import write_text
+from nanosophia.files import read_bytes, write_text
 
 # Rates are for the smallest model; a ladder goes on beyond an end that is best.
 CONTENDERS = {
@@ -89,6 +95,8 @@ class StudySettings(RunSettings):
     """Settings of `python -m experiments.study`."""
 
     setting: str = option("stdlib", f"one of {', '.join(SETTINGS)}", section="study")
+    picture: str = option("", "file that receives a picture of the stored runs; trains nothing")
+    stored: str = option("results/runs", "folder with study_SETTING.json, for the picture")
     dry_run: bool = option(False, "print the contenders and the number of runs, and exit")
 
     def check(self) -> None:
@@ -109,16 +117,55 @@ def board(settings: StudySettings) -> LeaderboardSettings:
         nproc_per_node=settings.nproc_per_node)
 
 
+def stored_board(data: dict) -> tuple[LeaderboardSettings, list[Outcome]]:
+    """Returns a leaderboard and its outcomes from stored runs; raises ConfigError."""
+    settings = board(StudySettings(**data["settings"]))
+    return settings, run_leaderboard(Replaying(settings, data, "all"))
+
+
 def remake(data: dict) -> str:
     """Returns the table of stored runs; raises ConfigError."""
-    settings = board(StudySettings(**data["settings"]))
-    return leaderboard.markdown(settings, run_leaderboard(Replaying(settings, data, "all")))
+    return leaderboard.markdown(*stored_board(data))
+
+
+def draw(stored: Path, file: Path) -> None:
+    """Draws the speed-ups at the longest T with their intervals, a panel for each stored setting;
+    writes `file` and a .png beside it. Raises ConfigError where nothing is stored."""
+    boards = {}
+    for name in SETTINGS:
+        if (path := stored / f"study_{name}.json").exists():
+            boards[name] = stored_board(json.loads(read_bytes(path)))
+    if not boards:
+        raise ConfigError(f"{stored} holds no study_SETTING.json; make the runs first", "stored")
+    picture, grid = pyplot().subplots(
+        1, len(boards), figsize=(5.2 * len(boards), 4.2), layout="constrained", squeeze=False)
+    for axes, (name, (settings, outcomes)) in zip(grid[0], boards.items(), strict=True):
+        base, *others = outcomes
+        T = settings.lengths[-1]
+        rows = judge.compare(base.losses(), {o.contender.name: o.losses() for o in others}, T)
+        rows = {name: row for name, row in rows.items() if math.isfinite(row.mean)}
+        order = sorted(rows, key=lambda name: -rows[name].mean)
+        for y, contender in enumerate(order):
+            speed = rows[contender].speed_up
+            axes.plot([speed.low, speed.high], [y, y], color=COLOURS[0], linewidth=2)
+            axes.plot([speed.value], [y], "o", color=COLOURS[0], markersize=6)
+        axes.axvline(1, color=COLOURS[1], linewidth=1)
+        axes.set_yticks(range(len(order)), order)
+        first = base.runs[T][0]
+        axes.set_title(f"{name}: {first.plan.parameters / 1e6:.2g}M parameters,\n{T:,} steps of "
+                       f"{first.config.tokens_per_step:,} tokens", loc="left", fontsize="medium")
+        axes.set_xlabel(f"steps of {base.contender.name} that one step is worth (95 % interval)")
+        clear_frame(axes)
+    save_figure(picture, file, file.with_suffix(".png"))
 
 
 @command()
 def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
+    if settings.picture:
+        draw(Path(settings.stored), Path(settings.picture))
+        return
     of, out = board(settings), Path(settings.out_dir)
     if settings.dry_run:
         n, lengths = len(of.contenders), len(of.lengths)

@@ -124,6 +124,24 @@ def check(config: Config, world_size: int) -> None:
                           f"{chunks}; choose a divisor", "hessian_chunks", "hessian_batch_size")
 
 
+def require_effect(config: Config, sources: dict[str, str]) -> None:
+    """Raises ConfigError where a setting was given that the optimizer does not have.
+
+    What a config file sets for its own optimizer, which a flag has replaced, is left alone.
+    """
+    replaced = sources.get("optimizer", "").startswith("flag")
+    for key, names in OWN_SETTINGS.items():
+        given = key in sources and (sources[key].startswith("flag") or not replaced)
+        if given and config.optimizer not in names:
+            raise ConfigError(f"{key} is a setting of {' and '.join(names)} and has no effect on "
+                              f"optimizer = {config.optimizer}; leave it out", key, "optimizer")
+    if packages.is_of_package(config.optimizer):
+        for key in ("beta1", "beta2", "eps"):
+            if sources.get(key, "").startswith("flag"):
+                raise ConfigError(f"{key} has no effect on optimizer = {config.optimizer}; give it "
+                                  "the class's own argument in optimizer_args", key, "optimizer")
+
+
 def _check_sharding(config: Config, entry: "OptimizerSpec", world_size: int) -> None:
     """Raises ConfigError where shards cannot serve: each rank must take as many micro-batches."""
     if entry.fsdp_refusal:
@@ -327,6 +345,13 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "gnb_unclipped": OptimizerSpec(_sophia(SophiaUnclipped), gnb_estimator,
                                    dict(gamma=1.0, eps=1e-6, hessian_interval=2)),
 }
+# Settings that only some optimizers have.
+OWN_SETTINGS = {
+    "muon_momentum": ("muon", "metric_muon", "metric_muon_gnb"),
+    "metric_power": ("metric_muon", "metric_muon_gnb"),
+    "metric_sides": ("metric_muon", "metric_muon_gnb"), "metric_rest": ("metric_muon_gnb",),
+    "precondition_frequency": ("soap",), "slow_beta": ("ademamix",), "slow_weight": ("ademamix",),
+    "mars_gamma": ("mars",)}
 _OF_PACKAGES = OptimizerSpec(None, None, dict(weight_decay=0.1),
                              fsdp_refusal="whether it can step on shards is not known")
 

@@ -35,7 +35,7 @@ from nanosophia.dataloader import DataError, Dataset, open_dataset
 from nanosophia.distributed import Ranks, on_main, world_size
 from nanosophia.dry_run import choose_batch_size
 from nanosophia.files import reason, write_text
-from nanosophia.optimizers import check, spec, with_own_defaults
+from nanosophia.optimizers import check, require_effect, spec, with_own_defaults
 from nanosophia.options import MODEL_KEYS, USAGE, Config, padded_vocab_size
 from nanosophia.precision import bfloat16_speed, computes_bfloat16, fastest_dtype
 from nanosophia.schemas import RunConfig, read
@@ -137,6 +137,7 @@ def check_settings(config: Config, sources: dict[str, str],
     try:
         config.check_world(world_size())
         check(config, world_size())
+        require_effect(config, sources)
         if "cooldown_fraction" in sources and config.schedule != "wsd":
             raise ConfigError(f"cooldown_fraction = {config.cooldown_fraction} has no effect on "
                               f"schedule = {config.schedule}; leave it out, or set schedule = wsd",

@@ -127,6 +127,9 @@ def test_the_schedule_sets_the_entry_that_lr_key_names(tiny, tmp_path, mine):
     (["--optimizer=adamw", "--optimizer_args=eps=1"], "not for adamw; leave them out"),
     (["--optimizer=torch.optim:NAdam:x"], "has no attribute 'NAdam:x'"),
     (["--optimizer=:"], "ValueError: Empty module name"),
+    (["--optimizer=torch.optim:NAdam", "--beta1=0.8"], "beta1 has no effect on optimizer = torch"),
+    (["--optimizer=adamw", "--metric_power=0.5"], "metric_power is a setting of metric_muon and"),
+    (["--optimizer=muon", "--mars_gamma=0.5"], "mars_gamma is a setting of mars and has no effect"),
 ])
 def test_what_cannot_be_an_optimizer_is_refused_in_one_line(tiny, mine, refused, flags, words):
     assert words in refused(train.main, tiny(*flags))

@@ -74,21 +74,13 @@ class Settings:
     def check(self) -> None:
         """Checks rules between several fields; raises ConfigError."""
 
+    @classmethod
+    def translate(cls, key: str, value: object, given: dict[str, object]) -> dict[str, object]:
+        """Returns what an unknown key means in keys that are known, beside those that are `given`.
 
-# What users of nanoGPT and of the authors' code look for, and where it is here.
-RENAMED = {
-    "gradient_accumulation_steps": "it is derived: set total_batch_size and batch_size",
-    "min_lr": "set min_lr_ratio (a fraction of learning_rate)",
-    "lr_decay_iters": "the schedule ends at max_iters",
-    "decay_lr": "for a constant rate set min_lr_ratio=1",
-    "eval_iters": "set eval_windows",
-    "always_save_checkpoint": "set checkpoint_interval",
-    "rho": "the paper's gamma: set gamma",
-    "interval": "set hessian_interval",
-    "hess_interval": "set hessian_interval",
-    "bs": "it is counted from the labels used",
-    "backend": "it follows from device",
-}
+        Raises ConfigError that says what to set instead, LookupError where nothing is known of it.
+        """
+        raise LookupError(key)
 
 
 def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
@@ -101,23 +93,50 @@ def load(cls: type, argv: list[str], usage: str) -> tuple[Any, dict[str, str]]:
         print(help_text(cls, usage), flush=True)
         sys.exit(0)
     by_name = {f.name: f for f in fields(cls)}
-    values, sources = {}, {}
+    values, sources, unknown = {}, {}, {}
     for path in (a for a in argv if not a.startswith("-")):
         for key, (value, line) in read_config_file(Path(path)).items():
             source = f"{path}:{line}"
-            values[key] = _typed(_known(key, by_name, source), value, source)
-            sources[key] = source
+            if key in by_name:
+                values[key] = _typed(by_name[key], value, source)
+                sources[key] = source
+            else:
+                unknown[key] = value, source
     for flag in (a for a in argv if a.startswith("-")):
         if by_name.get(flag[2:]) is not None and by_name[flag[2:]].type is bool:
             flag += "=True"  # a bare --switch
         key, text = _split_flag(flag)
-        f = _known(key, by_name, f"flag {flag}")
-        values[key] = _typed(f, _literal(f, text), f"flag {flag}")
-        sources[key] = f"flag {flag}"
+        if key in by_name:
+            values[key] = _typed(by_name[key], _literal(by_name[key], text), f"flag {flag}")
+            sources[key] = f"flag {flag}"
+        else:
+            unknown[key] = _literal(None, text), f"flag {flag}"
+    for key, value, source in _translated(cls, unknown, values, by_name):
+        values[key] = _typed(by_name[key], value, source)
+        sources[key] = source
     try:
         return cls(**values), sources
     except ConfigError as error:
         raise with_sources(error, sources) from None
+
+
+def _translated(cls: type, unknown: dict[str, tuple[object, str]], given: dict[str, object],
+                by_name: dict) -> list[tuple[str, object, str]]:
+    """Returns (key, value, source) of what unknown keys mean; raises one ConfigError of all that
+    mean nothing, each with what to do."""
+    found, errors = [], []
+    for key, (value, source) in unknown.items():
+        try:
+            found += [(own, own_value, source) for own, own_value in
+                      cls.translate(key, value, given).items()]
+        except ConfigError as error:
+            errors.append(f"unknown key {key} in {source}; {error}")
+        except LookupError:
+            hint = did_you_mean(key, by_name) or "--help lists every key"
+            errors.append(f"unknown key {key} in {source}; {hint}")
+    if errors:
+        raise ConfigError(" | ".join(errors))
+    return found
 
 
 def with_sources(error: ConfigError, sources: dict[str, str]) -> ConfigError:
@@ -202,15 +221,6 @@ def _split_flag(flag: str) -> tuple[str, str]:
     return key[2:], text
 
 
-def _known(key: str, by_name: dict, source: str) -> Any:
-    if key in by_name:
-        return by_name[key]
-    hint = RENAMED.get(key)
-    if hint is None:
-        hint = did_you_mean(key, by_name) or "--help lists every key"
-    raise ConfigError(f"unknown key {key} in {source}; {hint}")
-
-
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """Returns a question with the known word that is closest, or nothing where none is close."""
     by_lower = {word.lower(): word for word in known}
@@ -219,10 +229,13 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
 
 
 def _literal(f: Any, text: str) -> Any:
-    """Returns a flag's text as a Python value; strings stay as they are typed."""
-    if f.type is bool:
+    """Returns a flag's text as a Python value; strings stay as they are typed.
+
+    Where there is no field, it is what it reads like.
+    """
+    if (text in ("True", "False")) if f is None else f.type is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
-    if f.type in (int, float):
+    if f is None or f.type in (int, float):
         try:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -238,6 +251,8 @@ def _typed(f: Any, value: Any, source: str) -> Any:
             raise ConfigError(f"{f.name} is too large (from {source})", f.name) from None
     if f.type is int and isinstance(value, float) and value.is_integer():
         value = int(value)
+    if get_origin(f.type) is Literal and {"on", "off"} <= set(get_args(f.type)):  # a switch
+        value = {"True": "on", "False": "off"}.get(str(value), value)
     try:
         _check_range(f, value)
     except ConfigError as error:

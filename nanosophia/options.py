@@ -33,6 +33,21 @@ def _model_options() -> type:
 GPTOptions = _model_options()
 
 
+# What users of nanoGPT and of the authors' code look for, and where it is here.
+RENAMED = {
+    "eval_iters": "set eval_windows, which counts windows of block_size where eval_iters counts "
+                  "batches: eval_iters x batch_size",
+    "always_save_checkpoint": "set checkpoint_interval and keep_best",
+    "rho": "the paper's gamma: set gamma",
+    "interval": "set hessian_interval",
+    "hess_interval": "set hessian_interval",
+    "bs": "it is counted from the labels used",
+    "backend": "it follows from device",
+    "optimizer_name": "set optimizer",
+    "hidden_size": "set n_embd", "num_layers": "set n_layer", "num_heads": "set n_head",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings, GPTOptions):
     """The settings of train.py: the model's (`model.GPTConfig`) and all others.
@@ -210,6 +225,32 @@ class Config(Settings, GPTOptions):
                               f"{self.rotary_channels} of the {self.n_embd // self.n_head} "
                               "channels of a head, which must be an even number above 0; choose "
                               "another", "rotary_fraction", "n_embd", "n_head")
+
+    @classmethod
+    def translate(cls, key: str, value: object, given: dict[str, object]) -> dict[str, object]:
+        """Returns what a key of nanoGPT means here, where it means the same."""
+        def other(name: str, why: str) -> float:
+            if name not in given:
+                raise ConfigError(f"it needs {name} beside it, {why}")
+            return given[name]
+
+        if key in RENAMED:
+            raise ConfigError(RENAMED[key])
+        if not isinstance(value, int | float):
+            raise LookupError(key)
+        if key == "gradient_accumulation_steps":
+            rows = other("batch_size", "which it multiplies; or set total_batch_size")
+            return dict(total_batch_size=value * rows)
+        if key == "min_lr":
+            peak = other("learning_rate", "of which min_lr_ratio is the share")
+            return dict(min_lr_ratio=value / peak)
+        if key == "lr_decay_iters":
+            if other("max_iters", "at which the schedule ends") != value:
+                raise ConfigError("the schedule ends at max_iters, which is another; leave it out")
+            return {}
+        if key == "decay_lr":
+            return {} if value else dict(min_lr_ratio=1.0)
+        raise LookupError(key)
 
     def check_world(self, world_size: int) -> None:
         """Raises ConfigError unless every one of `world_size` ranks gets a row of the batch."""

@@ -1,5 +1,7 @@
 """Settings: every mistake is one line that says what, which value, where from, what to do."""
 
+import re
+
 import pytest
 
 import train
@@ -86,3 +88,32 @@ def test_help_lists_every_key_with_its_default(capsys):
 def test_programs_get_the_same_checks_as_users():
     with pytest.raises(ConfigError, match="max_iters = 0 must be at least 1"):
         Config(max_iters=0)
+
+
+def test_nanogpts_spellings_mean_what_they_mean_there(tmp_path):
+    file = tmp_path / "train_shakespeare_char.py"
+    file.write_text("learning_rate = 1e-3\nmax_iters = 5000\nlr_decay_iters = 5000\n"
+                    "min_lr = 1e-4\ngradient_accumulation_steps = 5 * 8\nbatch_size = 12\n"
+                    "compile = False\ndecay_lr = True\n")
+    config, sources = load(Config, [str(file), "--compile_optimizer=True"], "")
+    assert config.min_lr_ratio == pytest.approx(0.1) and config.total_batch_size == 480
+    assert (config.compile, config.compile_optimizer, config.max_iters) == ("off", "on", 5000)
+    assert sources["min_lr_ratio"] == f"{file}:4"
+    config, _ = load(Config, ["--decay_lr=False", "--compile=True"], "")
+    assert config.min_lr_ratio == 1 and config.compile == "on"
+
+
+def test_every_wrong_key_is_told_at_once_with_what_to_do(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text("eval_iters = 200\nn_layers = 4\nmin_lr = 1e-4\nlr_decay_iters = 7\n"
+                    "max_iters = 8\n")
+    with pytest.raises(ConfigError) as raised:
+        load(Config, [str(file), "--rho=0.04", "--gradient_accumulation_steps=4", "--qqq=x"], "")
+    parts = str(raised.value).split(" | ")
+    assert len(parts) == 7
+    for part, words in zip(parts, (
+            "eval_iters in .*a.py:1; set eval_windows, which counts", "n_layers in .*:2; did you",
+            "min_lr in .*:3; it needs learning_rate beside it", "the schedule ends at max_iters",
+            "rho in flag --rho=0.04; the paper's gamma", "it needs batch_size beside it",
+            "qqq in flag --qqq=x; --help lists"), strict=True):
+        assert re.search(words, part), part

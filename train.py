@@ -81,6 +81,7 @@ from nanosophia.resume import (
 )
 from nanosophia.saver import Saver
 from nanosophia.summary import print_next_steps, print_sample, print_summary
+from nanosophia.trackers import asked_for
 from nanosophia.weights import Weights
 
 CPU_CHUNK_BYTES = 24_000_000  # of logits, which malloc keeps (distributed._keep_freed_memory)
@@ -374,10 +375,10 @@ def run_loop(run: Run, data: Dataset, out_dir: Path, first_step: int) -> None:
                   sharded=run.sharded)
     health = Health(config.warmup_iters, config.hessian_interval,
                     fixed_gamma=not config.gamma_target) if run.estimator else None
-    wandb = dict(project=config.wandb_project, config=asdict(config),
-                 name=config.wandb_run_name or out_dir.name) if config.wandb_log else None
+    trackers = {name: partial(tracker, config, run.model.num_params(non_embedding=False),
+                              first_step) for name, tracker in asked_for(config).items()}
     recorder = Recorder(out_dir, first_step=first_step, max_iters=config.max_iters,
-                        active=ranks.is_main, wandb=wandb, health=health)
+                        active=ranks.is_main, trackers=trackers, health=health)
     try:
         loop(run, data, saver, recorder, first_step)
     finally:

@@ -1,4 +1,4 @@
-"""Records a run to the console, metrics.jsonl and Weights & Biases; peak FLOP/s by device.
+"""Records a run to the console, metrics.jsonl and trackers; peak FLOP/s by device.
 
 metrics.jsonl in the run's folder has one JSON object a line, in the order of `step`. A recorder
 that fails warns once and never stops training.
@@ -10,8 +10,7 @@ import math
 import re
 import sys
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from nanosophia.distributed import full_tensor, sum_over_ranks
 from nanosophia.files import append_text, read_bytes, write_text
 from nanosophia.schemas import Record, parse
+from nanosophia.trackers import Tracker
 
 # Peak in FLOP/s by a part of torch's device name, from NVIDIA's data sheets: products of bfloat16
 # (V100 and T4, which have none: float16) without sparsity, summed in float32.
@@ -100,11 +100,11 @@ class Recorder:
     """Shows and stores the records of one run; on ranks other than 0 every method does nothing."""
 
     def __init__(self, out_dir: Path, *, first_step: int, max_iters: int, active: bool,
-                 wandb: dict | None = None, health: "Health | None" = None):
+                 trackers: dict[str, Callable[[], Tracker]] | None = None,
+                 health: "Health | None" = None):
         """Drops stored records from `first_step` on: they will be rewritten.
 
-        `wandb` holds project, name and config for Weights & Biases, None for none. `health` turns
-        records into warnings.
+        `trackers` are what starts each, by name. `health` turns records into warnings.
         """
         self.active, self.health = active, health
         if not active:
@@ -115,8 +115,8 @@ class Recorder:
         self.bar = tqdm(total=max_iters, initial=first_step, unit="step", disable=not
                         self.on_terminal, dynamic_ncols=True)
         self._attempt("metrics.jsonl", self._forget_from, first_step)
-        self.wandb = self._attempt("wandb", _start_wandb, out_dir / "wandb_id", **wandb) \
-            if wandb else None
+        self.trackers = {name: tracker for name, start in (trackers or {}).items()
+                         if (tracker := self._attempt(name, start)) is not None}
 
     def record(self, record: dict) -> None:
         """Stores one step's numbers; None values are left out."""
@@ -125,8 +125,8 @@ class Recorder:
         record = {k: v for k, v in record.items() if v is not None}
         finite = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
         self._attempt("metrics.jsonl", append_text, self.path, json.dumps(finite) + "\n")
-        if self.wandb:
-            self._attempt("wandb", self.wandb.log, record, step=record["step"])
+        for name, tracker in self.trackers.items():
+            self._attempt(name, tracker.log, record)
         if self.on_terminal:
             self.bar.update(record["step"] + 1 - self.bar.n)
             self.bar.set_postfix_str(_brief(record))
@@ -147,11 +147,11 @@ class Recorder:
                 self._give_up("standard output", error)
 
     def close(self) -> None:
-        """Ends the bar and the wandb run."""
+        """Ends the bar and the trackers."""
         if self.active:
             self.bar.close()
-            if self.wandb:
-                self._attempt("wandb", self.wandb.finish)
+            for name, tracker in self.trackers.items():
+                self._attempt(name, tracker.close)
 
     def _forget_from(self, step: int) -> None:
         if self.path.exists():
@@ -232,14 +232,6 @@ def read_records(path: Path) -> list[dict]:
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from None
     return records
-
-
-def _start_wandb(id_file: Path, **settings):
-    """Starts the run, or continues the one whose id the run's folder holds."""
-    import wandb
-    if not id_file.exists():
-        write_text(id_file, uuid.uuid4().hex)
-    return wandb.init(id=id_file.read_text(), resume="allow", **settings)
 
 
 def _step_of(line: str) -> float:

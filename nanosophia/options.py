@@ -97,6 +97,7 @@ class Config(Settings, GPTOptions):
     wandb_log: bool = option(False, "also record to Weights & Biases")
     wandb_project: str = option("nanosophia", "its project")
     wandb_run_name: str = option("", "its run name; empty = the name of out_dir")
+    tensorboard_log: bool = option(False, "also record to TensorBoard, in out_dir/tensorboard")
 
     dataset: str = option(
         "openwebtext", "folder under data/, or a path, with train.bin and val.bin", section="data")

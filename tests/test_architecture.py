@@ -16,7 +16,7 @@ ALLOWED = {
     "train": {"model", "checkpoint", "chunked_loss", "command", "configurator", "dataloader",
               "distributed", "dry_run", "estimators", "evaluation", "guard", "memory", "metrics",
               "optimizer_state", "optimizers", "options", "packages", "resume", "folder_lock",
-              "saver", "startup", "summary", "weights"},
+              "saver", "startup", "summary", "trackers", "weights"},
     "command": {"configurator"},
     "startup": {"command", "configurator", "options"},
     "bench": {"model", "command", "configurator", "dataloader", "distributed", "dry_run", "files",
@@ -28,7 +28,8 @@ ALLOWED = {
     "tokenizer": {"configurator", "files"},
     "dataloader": {"configurator", "files", "schemas", "tokenizer"},
     "distributed": {"configurator"},
-    "metrics": {"distributed", "files", "schemas"},
+    "metrics": {"distributed", "files", "schemas", "trackers"},
+    "trackers": {"files", "options"},
     "corpus": {"configurator", "documents", "encoding", "files", "folder_lock", "schemas",
                "tokenizer"},
     "encoding": {"documents", "tokenizer"},
@@ -76,7 +77,8 @@ WITHOUT_TORCH = {"configurator", "tokenizer", "corpus", "documents", "encoding",
                  "folder_lock", "options", "schemas"}
 TORCH_ALONE = {"model", "sophia"}
 # Missing packages must not stop training: these may only be imported where they are used.
-LAZY = {"tiktoken", "fastokens", "datasets", "wandb", "transformers", "matplotlib", "pyarrow"}
+LAZY = {"tiktoken", "fastokens", "datasets", "wandb", "transformers", "matplotlib", "pyarrow",
+        "tensorboard"}
 SHADOWS = {"config", "data", "evaluate", "types", "logging", "random", "profile"}
 COMMANDS = {"train", "sample", "bench"}
 

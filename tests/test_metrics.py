@@ -1,10 +1,14 @@
 """Records reach metrics.jsonl in order; a recorder that fails never stops training."""
 
 import json
+import sys
 from typing import get_args, get_type_hints
+
+import pytest
 
 from nanosophia.metrics import PEAK_FLOPS, Health, Recorder, peak_flops
 from nanosophia.options import Config
+from nanosophia.trackers import asked_for
 
 
 def recorder(tmp_path, first_step=0, **kwargs):
@@ -41,13 +45,68 @@ def test_resuming_drops_the_records_that_will_come_again(tmp_path):
 
 def test_a_failing_recorder_warns_once_and_training_goes_on(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir()
-    r = recorder(tmp_path, wandb=dict(mode="no such mode"))
+    def start():
+        raise ImportError("No module named 'wandb'")
+
+    r = recorder(tmp_path, trackers={"wandb": start})
     r.record({"step": 0})
     r.record({"step": 1})
     r.close()
     errors = capsys.readouterr().err
     assert errors.count("recording to metrics.jsonl failed") == 1
     assert errors.count("recording to wandb failed") == 1
+
+
+class FakeWandb:
+    """Stands in for the package: what it was started with, and what it was told."""
+
+    def __init__(self):
+        self.runs = []
+
+    def init(self, **settings):
+        self.settings, self.logged, self.summary = settings, [], {}
+        self.runs.append(self)
+        self.log = lambda record, step: self.logged.append((step, record))
+        self.finish = lambda: self.logged.append("end")
+        return self
+
+
+def test_wandb_gets_parameters_and_the_best_loss_and_stays_in_the_runs_folder(
+        tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = Config(out_dir=str(tmp_path), wandb_log=True)
+    start, = asked_for(config).values()
+    r = recorder(tmp_path, trackers={"wandb": lambda: start(config, 123, 0)})
+    for step, loss in enumerate((3.0, 2.0, 2.5)):
+        r.record({"step": step, "val/loss": loss})
+    r.close()
+    assert fake.settings["config"]["parameters"] == 123
+    assert fake.settings["dir"] == str(tmp_path) and fake.settings["name"] == tmp_path.name
+    assert fake.summary == {"best_val_loss": 2.0} and fake.logged[-1] == "end"
+    assert [step for step, _ in fake.logged[:-1]] == [0, 1, 2]
+    start(config, 123, 3)
+    assert fake.settings["id"] == (tmp_path / "wandb_id").read_text()
+
+
+def test_tensorboard_holds_the_records_of_the_run_that_went_on(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = Config(out_dir=str(tmp_path), tensorboard_log=True)
+    start, = asked_for(config).values()
+    for first, last in ((0, 5), (3, 6)):  # stopped after step 4, resumed from step 3
+        r = recorder(tmp_path, first_step=first,
+                     trackers={"tensorboard": lambda first=first: start(config, 123, first)})
+        for step in range(first, last):
+            r.record({"step": step, "train/loss": 10.0 * first + step})
+        r.close()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (0, 0.0), (1, 1.0), (2, 2.0), (3, 33.0), (4, 34.0), (5, 35.0)]
+    assert any("parameters" in tag for tag in events.Tags()["tensors"])
+
+
+def test_no_tracker_is_started_that_was_not_asked_for():
+    assert asked_for(Config()) == {}
 
 
 def test_other_ranks_record_nothing(tmp_path, capsys):

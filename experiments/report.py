@@ -20,6 +20,7 @@ from pathlib import Path
 
 from experiments import (
     compare,
+    every_optimizer,
     figures,
     leaderboard,
     optimizer_steps,
@@ -51,7 +52,8 @@ def _figure(data: dict) -> str:
 
 
 EXPERIMENTS: dict[str, Callable[[dict], str]] = {
-    "figures": _figure, "compare": compare.remake, "leaderboard": leaderboard.remake,
+    "figures": _figure, "compare": compare.remake, "every_optimizer": every_optimizer.remake,
+    "leaderboard": leaderboard.remake,
     "speed": speed.table,
     "optimizer_steps": optimizer_steps.table, "preparation": preparation.table,
     "sampling": sampling.table, "study": study.remake}

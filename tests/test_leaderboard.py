@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments import judge, leaderboard, report, runs, study
+from experiments import every_optimizer, judge, leaderboard, report, runs, study
 from experiments.leaderboard import Contender, LeaderboardSettings, Setting, tune
 from experiments.runs import RunSpec
 from nanosophia import optimizers
@@ -224,3 +224,23 @@ def test_every_setting_of_the_study_lists_runs_that_train_takes(name, capsys):
 
 def test_the_study_refuses_a_setting_that_is_not_there(refused):
     assert "is none of stdlib, " in refused(study.main, ["--setting=mars"])
+
+
+def test_every_optimizer_is_in_the_smoke_test_and_its_table_is_made_again(
+        data_dir, tmp_path, capsys):
+    names = {name.partition(",")[0] for name in every_optimizer.SETTINGS}
+    assert names == optimizers.OPTIMIZERS.keys()
+    for spec in every_optimizer.specs(every_optimizer.EverySettings()):
+        config, sources = spec.load()
+        optimizers.check(config, 1)
+        optimizers.require_effect(config, sources)
+    flags = "--n_layer=1 --n_embd=8 --block_size=8 --max_iters=3 --warmup_iters=0 " \
+        f"--eval_windows=4 --device=cpu --dtype=float32 --dataset={data_dir} --total_batch_size=4"
+    some = {name: every_optimizer.SETTINGS[name] for name in ("adamw", "lion")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(every_optimizer, "SETTINGS", some)
+        every_optimizer.main([f"--out_dir={tmp_path}", f"--flags={flags}"])
+        printed = capsys.readouterr().out
+        data = json.loads((tmp_path / "optimizers_200_steps.json").read_text())
+        assert every_optimizer.remake(data) in printed
+    assert printed.count("| adamw | --learning_rate=8e-3 --beta2=0.99 | ") == 1

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanosophia.configurator import Settings, Stopped, option
-from nanosophia.documents import CorpusError, Documents
+from nanosophia.documents import Column, CorpusError, Documents
 from nanosophia.encoding import cut_in_two, encode_documents
 from nanosophia.files import create, fsync, open_file, reason, reopen, write_text
 from nanosophia.folder_lock import FolderLock
@@ -66,6 +66,22 @@ class PrepareSettings(Settings):
         return "".join(flags + [f" --block_size={self.block_size}"] * (self.block_size < 1024))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColumnSettings(PrepareSettings):
+    """The options of a prepare script that reads rows with a column of text."""
+
+    column: str = option("text", "column of parquet and jsonl files, or of the hub's rows",
+                         section="rows")
+    skip_empty: bool = option(False, "leave out empty texts, which otherwise are documents too")
+    strict: bool = option(False, "refuse a row without text, which otherwise is left out and "
+                                 "counted")
+
+    @property
+    def text_column(self) -> Column:
+        """Returns the column that is read, and what becomes of rows without text."""
+        return Column(self.column, self.skip_empty, self.strict)
+
+
 def prepare(settings: PrepareSettings, here: Path, documents: Callable[[], Documents],
             tokenizer: str) -> dict | None:
     """Runs a prepare script: writes the corpus and returns meta.json, or verifies it (None)."""
@@ -84,6 +100,8 @@ def prepare(settings: PrepareSettings, here: Path, documents: Callable[[], Docum
     for split in meta["splits"].values():
         print(f"{out_dir / split['file']}: {split['documents']:,} documents, "
               f"{split['tokens']:,} tokens ({meta['tokenizer']})")
+    if left_out := sum(split.get("left_out", 0) for split in meta["splits"].values()):
+        print(f"{left_out:,} rows had no text and were left out; --strict refuses them")
     return meta
 
 
@@ -143,12 +161,13 @@ class _SplitFile:
     def __init__(self, path: Path, saved: dict | None):
         """Continues after what `saved`, an earlier `progress()`, counts; cuts off what follows."""
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
-        self.digest, self.tokens, self.documents = hashlib.sha256(), 0, 0
+        self.digest, self.tokens, self.documents, self.left_out = hashlib.sha256(), 0, 0, 0
         if saved and not self.partial.is_file():
             raise CorpusError(f"{self.partial} is missing; remove {PROGRESS} there to start again")
         self.file: BinaryIO = reopen(self.partial) if saved else create(self.partial)
         if saved:
             self.tokens, self.documents = saved["tokens"], saved["documents"]
+            self.left_out = saved.get("left_out", 0)
             left = 2 * self.tokens
             while left and (block := self.file.read(min(left, 1 << 20))):
                 self.digest.update(block)
@@ -159,16 +178,19 @@ class _SplitFile:
             self.file.seek(2 * self.tokens)
             self.file.truncate()
 
-    def append(self, ids: bytes, documents: int) -> None:
+    def append(self, ids: bytes, documents: int, left_out: int) -> None:
         self.file.write(ids)
         self.digest.update(ids)
         self.tokens += len(ids) // 2
-        self.documents += documents
+        self.documents += documents - left_out
+        self.left_out += left_out
 
     def progress(self) -> dict:
         self.file.flush()
         os.fsync(self.file.fileno())
-        return dict(tokens=self.tokens, documents=self.documents, sha256=self.digest.hexdigest())
+        left_out = dict(left_out=self.left_out) if self.left_out else {}
+        return dict(tokens=self.tokens, documents=self.documents, sha256=self.digest.hexdigest(),
+                    **left_out)
 
 
 def _read_progress(out_dir: Path, task: dict[str, str]) -> Progress:
@@ -259,7 +281,10 @@ def _fill(splits: dict[str, _SplitFile], documents: Documents, task: dict, out_d
         _write_json(out_dir / PROGRESS, dict(
             task=task, splits={name: split.progress() for name, split in splits.items()}))
 
-    done = sum(split.documents for split in splits.values())
+    def documents_read() -> int:
+        return sum(split.documents + split.left_out for split in splits.values())
+
+    done = documents_read()
     if done:
         print(f"continuing after {done:,} documents and {tokens():,} tokens")
     last_saved, started, whole = tokens(), tokens(), True
@@ -269,8 +294,8 @@ def _fill(splits: dict[str, _SplitFile], documents: Documents, task: dict, out_d
     try:
         with _ctrl_c_noted() as interrupted, \
                 tqdm(total=documents.count, initial=done, unit=" documents", disable=None) as bar:
-            for split, n_documents, whole, ids in batches:
-                splits[split].append(ids, n_documents)
+            for split, n_documents, left_out, whole, ids in batches:
+                splits[split].append(ids, n_documents, left_out)
                 rate = (tokens() - started) / max(1e-9, bar.format_dict["elapsed"])
                 bar.set_postfix_str(f"{tokens():,} tokens, {rate:,.0f}/s", refresh=False)
                 bar.update(n_documents)
@@ -279,7 +304,7 @@ def _fill(splits: dict[str, _SplitFile], documents: Documents, task: dict, out_d
                     last_saved = tokens()
                 if interrupted():
                     raise Stopped("interrupted; the same command continues", signal.SIGINT)
-        count = sum(split.documents for split in splits.values())
+        count = documents_read()
         if not documents.val_share and documents.count not in (None, count):
             raise CorpusError(f"{documents.name} had {documents.count:,} documents at first and "
                               f"gave {count:,}; it has changed: remove {PROGRESS} to start again")

@@ -19,13 +19,35 @@ class CorpusError(UserError):
 
 
 @dataclass(frozen=True)
+class Column:
+    """The column that holds the text, and what becomes of rows that have none there."""
+
+    name: str = "text"
+    skip_empty: bool = False  # leave out empty texts too
+    strict: bool = False  # refuse a row whose value is null
+
+    def text(self, value: object, where: str) -> str | None:
+        """Returns a row's text, None where it is left out; raises CorpusError on another value."""
+        if value is None and not self.strict:
+            return None
+        if not isinstance(value, str):
+            raise CorpusError(f"{where}: {self.name} is {repr(value)[:80]}, not text; mend or "
+                              "remove it")
+        return value if value or not self.skip_empty else None
+
+
+TEXT = Column()
+
+
+@dataclass(frozen=True)
 class Documents:
     """An ordered collection of documents that can be read from any document on."""
 
     name: str  # for meta.json and messages
     identity: str  # changes when the documents do, so that unfinished work is not mixed
     count: int | None  # None: not known beforehand
-    read: Callable[[int], Iterator[tuple[str, str]]]  # (split, text) from document number n on
+    # (split, text) from document number n on; a text of None is left out, and counted
+    read: Callable[[int], Iterator[tuple[str, str | None]]]
     val_share: float = 0.0  # above 0: there is one document, whose last tokens are for validation
     # The same for processes that read by themselves; None where one must read everything.
     parts: Callable[[int], Iterator["Part"] | None] = lambda first: None
@@ -36,19 +58,19 @@ class Part:
     """Consecutive documents of one file, which any process can read by itself."""
 
     path: Path
-    column: str
+    column: Column
     skip: int  # documents of the file before it
     splits: list[str]  # one per document
     size: int  # bytes, about
 
-    def read(self) -> Iterator[tuple[str, str]]:
+    def read(self) -> Iterator[tuple[str, str | None]]:
         """Yields (split, text)."""
         return zip(self.splits, _reader(self.path).read(self.path, self.column, self.skip),
                    strict=False)
 
 
 def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],
-                    column: str = "text") -> Documents:
+                    column: Column = TEXT) -> Documents:
     """Returns the documents of local files: a column of parquet and jsonl files, whole txt files.
 
     `pattern` is a comma-separated list of files, folders (searched recursively) and globs; parquet,
@@ -60,7 +82,7 @@ def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],
     total = sum(counts)
     split_of = split(total)
 
-    def read(start: int) -> Iterator[tuple[str, str]]:
+    def read(start: int) -> Iterator[tuple[str, str | None]]:
         first = 0
         for path, count in zip(files, counts, strict=True):
             if start < first + count:
@@ -76,10 +98,10 @@ def local_documents(pattern: str, split: Callable[[int], Callable[[int], str]],
             return None
         return _parts_from(start, found, column, split_of)
 
-    return Documents(pattern, _identity(files, column), total, read, parts=parts)
+    return Documents(pattern, _identity(files, repr(column)), total, read, parts=parts)
 
 
-def _parts_from(start: int, found: list[tuple[Path, int, int, int]], column: str,
+def _parts_from(start: int, found: list[tuple[Path, int, int, int]], column: Column,
                 split_of: Callable[[int], str]) -> Iterator[Part]:
     """Yields the parts from document number `start` on; `found` has (path, skip, count, bytes)."""
     first = 0
@@ -92,9 +114,11 @@ def _parts_from(start: int, found: list[tuple[Path, int, int, int]], column: str
 
 
 def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[int], str]], *,
-                  streaming: bool, column: str = "text") -> Documents:
+                  streaming: bool, subset: str = "",
+                  column: Column = TEXT) -> Documents:
     """Returns the documents of a data set of the Hugging Face hub, or of a local folder like one.
 
+    `hub_split` may be a part of a split, as "train[:10%]"; `subset` is the name of a configuration.
     `streaming` reads them without keeping a copy on the disk. Tries the hub's own parquet
     conversion when the main revision is refused (it may hold only a loading script). Raises
     CorpusError when neither can be had.
@@ -107,7 +131,7 @@ def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[in
     errors = []
     for revision in (None, "refs/convert/parquet"):
         try:
-            rows = datasets.load_dataset(name, split=hub_split, revision=revision,
+            rows = datasets.load_dataset(name, subset or None, split=hub_split, revision=revision,
                                          streaming=streaming)
             count = _count_rows(rows, hub_split)
             break
@@ -116,9 +140,12 @@ def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[in
     else:
         raise CorpusError(f"{name} could not be loaded ({'; then '.join(errors)}); check the "
                           "network, or give local files with --input=FILES")
+    names = rows.column_names
+    if names and column.name not in names:
+        raise CorpusError(f"{name} has no column {column.name!r}, only {', '.join(names)}")
     split_of = split(count)
 
-    def read(start: int) -> Iterator[tuple[str, str]]:
+    def read(start: int) -> Iterator[tuple[str, str | None]]:
         rest, row = iter(rows.skip(start) if start else rows), start
         while True:
             try:
@@ -128,12 +155,10 @@ def hub_documents(name: str, hub_split: str, split: Callable[[int], Callable[[in
                                   f"{_first_line(error)}; the same command continues") from None
             if example is None:
                 return
-            if not isinstance(example.get(column), str):
-                raise CorpusError(f"{name}, row {row}: no text in the column {column!r}")
-            yield split_of(row), example[column]
+            yield split_of(row), column.text(example.get(column.name), f"{name}, row {row}")
             row += 1
 
-    identity = f"{name} {hub_split} {count} {rows.info.version}"
+    identity = f"{name} {subset} {hub_split} {count} {rows.info.version} {column}"
     if Path(name).is_dir():
         identity += _identity(sorted(p for p in Path(name).rglob("*") if p.is_file()))
     return Documents(name, identity, count, read)
@@ -187,7 +212,7 @@ class Reader:
     parts that can be read without those before them: (number of the first, documents, bytes)."""
 
     count: Callable[[Path], int]
-    read: Callable[[Path, str, int], Iterator[str]]
+    read: Callable[[Path, Column, int], Iterator[str | None]]
     parts: Callable[[Path], Iterator[tuple[int, int, int]]] = lambda path: iter(())
 
 
@@ -208,20 +233,20 @@ def _open_parquet(path: Path):
         raise CorpusError(f"{path} is not a readable parquet file: {error}") from None
 
 
-def _read_parquet(path: Path, column: str, skip: int) -> Iterator[str]:
+def _read_parquet(path: Path, column: Column, skip: int) -> Iterator[str | None]:
     import pyarrow
     file = _open_parquet(path)
-    if column not in file.schema_arrow.names:
-        raise CorpusError(f"{path} has no column {column!r}, only "
+    if column.name not in file.schema_arrow.names:
+        raise CorpusError(f"{path} has no column {column.name!r}, only "
                           f"{', '.join(file.schema_arrow.names)}")
     groups, row = list(range(file.num_row_groups)), 0
     while groups and row + file.metadata.row_group(groups[0]).num_rows <= skip:
         row += file.metadata.row_group(groups.pop(0)).num_rows
     try:
-        for batch in file.iter_batches(batch_size=64, columns=[column], row_groups=groups):
+        for batch in file.iter_batches(batch_size=64, columns=[column.name], row_groups=groups):
             for value in batch.column(0):
                 if row >= skip:
-                    yield _text(value.as_py(), column, f"{path}, row {row}")
+                    yield column.text(value.as_py(), f"{path}, row {row}")
                 row += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}, after row {row}: unreadable: {error}") from None
@@ -255,29 +280,27 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise CorpusError(f"{path}, after line {number}: unreadable: {error}") from None
 
 
-def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[str]:
+def _read_jsonl(path: Path, column: Column, skip: int) -> Iterator[str | None]:
     for document, (number, line) in enumerate(_lines(path)):
         if document < skip:
             continue
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorpusError(f"{where}: not a JSON object with {column!r}: {error}") from None
-        yield _text(value, column, where)
+            row = json.loads(line)
+            value = row[column.name]
+        except KeyError:
+            raise CorpusError(f"{where}: no {column.name!r}, only {', '.join(map(repr, row))}; "
+                              "give its --column") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CorpusError(f"{where}: not a JSON object with {column.name!r}: {error}") from None
+        yield column.text(value, where)
 
 
-def _text(value: object, column: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise CorpusError(f"{where}: {column} is {repr(value)[:80]}, not text; mend or remove it")
-    return value
-
-
-def _read_txt(path: Path, column: str, skip: int) -> Iterator[str]:
+def _read_txt(path: Path, column: Column, skip: int) -> Iterator[str | None]:
     if skip:
         return
     try:
-        yield path.read_bytes().decode()  # line ends stay as they are
+        yield column.text(path.read_bytes().decode(), str(path))  # line ends stay as they are
     except (UnicodeDecodeError, OSError) as error:
         raise CorpusError(f"{path} is not readable UTF-8 text: {error}") from None
 

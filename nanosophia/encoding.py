@@ -25,14 +25,14 @@ from nanosophia.tokenizer import fast_gpt2, get_tokenizer
 
 BATCH_CHARACTERS = 1 << 19  # text that is tokenised at a time
 PART_BYTES = 1 << 22  # small parts, such as txt files, are given to a worker together
-Batch = tuple[str, int, bool, bytes]
-Pieces = tuple[str, list[str], list[bool]]
+Batch = tuple[str, int, int, bool, bytes]
+Pieces = tuple[str, list[str | None], list[bool]]
 
 
 def encode_documents(documents: Documents, first: int, tokenizer: str,
                      num_proc: int) -> Iterator[Batch]:
     """Yields the documents from number `first` on in batches: split, number of documents that end
-    in it, whether it ends with the end of one, uint16 ids.
+    in it, how many of them are left out, whether it ends with the end of one, uint16 ids.
 
     Raises CorpusError where a document cannot be read, after the batches of those before it.
     """
@@ -128,7 +128,7 @@ def _exit_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[Pieces]:
+def _batched(documents: Iterator[tuple[str, str | None]]) -> Iterator[Pieces]:
     """Yields consecutive pieces of one split, about BATCH_CHARACTERS, and whether each ends its
     document. An error of the source is raised after the batch of what it gave before."""
     texts, ended, size, current, failed = [], [], 0, "", None
@@ -141,7 +141,7 @@ def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[Pieces]:
                 current = split
                 texts.append(piece)
                 ended.append(ends)
-                size += len(piece)
+                size += len(piece or "")
     except CorpusError as error:
         failed = error
     if texts:
@@ -155,8 +155,11 @@ def _batched(documents: Iterator[tuple[str, str]]) -> Iterator[Pieces]:
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+def _pieces(text: str | None) -> Iterator[tuple[str | None, bool]]:
     """Yields a long document in parts that tokenise as the whole does; the last one is marked."""
+    if text is None:
+        yield None, True
+        return
     start = 0
     while len(text) - start > 2 * BATCH_CHARACTERS:
         cut = _CUT.search(text, start + BATCH_CHARACTERS)
@@ -179,11 +182,13 @@ def _encoder(name: str) -> tuple[Callable[[str], np.ndarray], np.ndarray]:
     return lambda text: encoding.encode_to_numpy(text, disallowed_special=()), end
 
 
-def _encode(tokenizer: str, split: str, texts: list[str], ended: list[bool]) -> Batch:
+def _encode(tokenizer: str, split: str, texts: list[str | None], ended: list[bool]) -> Batch:
     """Returns the batch of some pieces, with end-of-text after each that ends its document."""
     encode, end = _encoder(tokenizer)
-    parts = []
+    parts = [np.empty(0, dtype=np.uint16)]
     for text, ends in zip(texts, ended, strict=True):
+        if text is None:
+            continue
         try:
             text.encode()
         except UnicodeEncodeError:  # lone surrogates, replaced as tiktoken's encode_ordinary does
@@ -199,7 +204,7 @@ def _encode(tokenizer: str, split: str, texts: list[str], ended: list[bool]) -> 
         parts.append(ids.astype(np.uint16))
         if ends:
             parts.append(end)
-    return split, sum(ended), ended[-1], np.concatenate(parts).tobytes()
+    return split, sum(ended), texts.count(None), ended[-1], np.concatenate(parts).tobytes()
 
 
 def cut_in_two(batches: Iterator[Batch], val_share: float) -> Iterator[Batch]:
@@ -211,5 +216,5 @@ def cut_in_two(batches: Iterator[Batch], val_share: float) -> Iterator[Batch]:
         ids = np.frombuffer(b"".join(ids for *_, ids in batches), dtype=np.uint16)
     if len(ids):
         cut = round((len(ids) - 1) * (1 - val_share))
-        yield "train", 1, False, np.append(ids[:cut], ids[-1:]).tobytes()
-        yield "val", 1, True, ids[cut:].tobytes()
+        yield "train", 1, 0, False, np.append(ids[:cut], ids[-1:]).tobytes()
+        yield "val", 1, 0, True, ids[cut:].tobytes()

@@ -114,10 +114,11 @@ class Meta(TypedDict):
 
 
 class SplitProgress(TypedDict):
-    """What is on the disk of a .bin file."""
+    """What is on the disk of a .bin file; its documents without those that were left out."""
 
     tokens: Count
     documents: Count
+    left_out: NotRequired[Count]
     sha256: Sha256
 
 

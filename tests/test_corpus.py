@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def read_meta(folder):
+    return json.loads((folder / "meta.json").read_text())
 
 
 def test_bytes_tokenizer_is_one_id_a_byte():
@@ -471,7 +476,7 @@ def test_lone_surrogates_of_web_dumps_are_replaced(tmp_path):
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     import errno
 
-    def full(self, ids, documents):
+    def full(self, ids, documents, left_out):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(corpus._SplitFile, "append", full)
@@ -486,7 +491,8 @@ def test_an_empty_split_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', "a.jsonl, line 2: not a JSON object with 'text'"),
+    ("a.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', "a.jsonl, line 2: no 'text', only 'txt'"),
+    ("a.jsonl", b'{"text": "x"}\n[5]\n', "a.jsonl, line 2: not a JSON object with 'text'"),
     ("a.jsonl", b'{"text": "x"}\n\n{"te', "a.jsonl, line 3"),
     ("a.jsonl", b'{"text": 5}\n', "line 1: text is 5, not text"),
     ("a.parquet", b"no parquet", "a.parquet is not a readable parquet file"),
@@ -499,6 +505,97 @@ def test_bad_rows_are_named_by_file_and_row(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CorpusError, match=words):
         list(texts(local_documents(str(tmp_path), all_train)))
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys, refused, num_proc, kind):
+    rows = ["one", None, "", "four", None, "six"] * 20
+    if kind == "jsonl":
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(dict(body=row)) + "\n"
+                                                   for row in rows))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"body": rows}), tmp_path / "in.parquet",
+                            row_group_size=25)
+    module = script("text")
+
+    def flags(out, *more):
+        return [f"--input={tmp_path / f'in.{kind}'}", "--tokenizer=bytes", "--block_size=1",
+                "--column=body", f"--num_proc={num_proc}", f"--out_dir={tmp_path / out}", *more]
+
+    for out, kept, more in (("plain", 80, ()), ("full", 60, ("--skip_empty",))):
+        module.main(flags(out, *more))
+        said = capsys.readouterr().out
+        assert f"{120 - kept} rows had no text and were left out" in said
+        splits = read_meta(tmp_path / out)["splits"]
+        assert sum(split["documents"] for split in splits.values()) == kept
+        module.main(flags(out, "--verify"))
+    words = refused(module.main, flags("strict", "--strict"))
+    assert "body is None, not text" in words and ("row 1" in words or "line 2" in words)
+    assert "only" in refused(module.main, flags("other", "--column=text"))
+
+
+def test_a_preparation_that_left_rows_out_continues_after_them(tmp_path, monkeypatch):
+    """Cut off by an error in the middle, it ends with the bytes of an undisturbed one."""
+    rows = [("val", "v" * 50)] + [("train", None if i % 3 else f"text {i}") for i in range(60)]
+    source = listed(rows)
+    monkeypatch.setattr(corpus, "SAVE_TOKENS", 1)
+    monkeypatch.setattr("nanosophia.encoding.BATCH_CHARACTERS", 10)
+
+    def broken(start):
+        for row, document in enumerate(rows[start:], start):
+            if row == 31:
+                raise CorpusError("gone")
+            yield document
+
+    with pytest.raises(CorpusError, match="gone"):
+        write_corpus(replace(source, read=broken), tmp_path / "a", "bytes")
+    first = write_corpus(source, tmp_path / "a", "bytes")
+    second = write_corpus(source, tmp_path / "b", "bytes")
+    assert first == second
+    assert (first["splits"]["train"]["documents"], first["splits"]["train"]["left_out"]) == (20, 40)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_subset_of_a_hub_is_prepared_and_a_missing_one_named_with_those_there_are(
+        tmp_path, gpt2_cache, monkeypatch, refused, streaming):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    hub = tmp_path / "hub"
+    for name in ("small", "large"):
+        (hub / name).mkdir(parents=True)
+        parquet.write_table(pyarrow.table({"text": [f"{name} {i}" for i in range(40)]}),
+                            hub / name / "train-00000-of-00001.parquet")
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n" + "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/*\n"
+            for name in ("small", "large"))
+        + "dataset_info:\n" + "".join(
+            f"- config_name: {name}\n  features:\n  - name: text\n    dtype: string\n  splits:\n"
+            "  - name: train\n    num_bytes: 400\n    num_examples: 40\n"
+            for name in ("small", "large")) + "---\n")
+    module = script("fineweb")
+
+    def flags(*more):
+        return [f"--hub={hub}", f"--out_dir={tmp_path / 'out'}", "--block_size=1",
+                "--val_fraction=0.1", f"--streaming={streaming}", *more]
+
+    module.main(flags("--subset=large"))
+    ids = np.fromfile(tmp_path / "out" / "val.bin", dtype=np.uint16)
+    assert get_tokenizer("gpt2").decode(ids.tolist()).split(EOT)[:4] == [
+        "large 9", "large 19", "large 29", "large 39"]
+    line = refused(module.main, flags("--subset=sample-10BT"))
+    assert "sample-10BT" in line and "small" in line and "large" in line
+    assert "has no column 'body', only text" in refused(
+        module.main, flags("--subset=small", "--column=body"))
+    if not streaming:
+        module.main(flags("--subset=small", "--split=train[:50%]"))
+        meta = read_meta(tmp_path / "out")
+        assert sum(split["documents"] for split in meta["splits"].values()) == 20
 
 
 def all_train(count):

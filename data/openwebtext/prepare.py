@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from nanosophia.command import command  # noqa: E402
 from nanosophia.configurator import load, option  # noqa: E402
-from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
+from nanosophia.corpus import ColumnSettings, prepare  # noqa: E402
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
 from nanosophia.tokenizer import get_tokenizer  # noqa: E402
 
@@ -33,7 +33,7 @@ PUBLISHED = dict(documents=8_013_769, train=9_035_582_198, val=4_434_897)  # nan
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenWebTextSettings(PrepareSettings):
+class OpenWebTextSettings(ColumnSettings):
     """The settings of this script."""
 
     input: str = option("", "local parquet, jsonl (.gz, .zst; column `text`) or txt files, a "
@@ -72,9 +72,10 @@ def main(argv: list[str]) -> None:
 
     def documents() -> Documents:
         if settings.input:
-            return local_documents(settings.input, validation_split)
+            return local_documents(settings.input, validation_split, settings.text_column)
         get_tokenizer("gpt2")  # a missing one fails before a long download
-        return hub_documents(settings.hub, "train", validation_split, streaming=settings.streaming)
+        return hub_documents(settings.hub, "train", validation_split, streaming=settings.streaming,
+                             column=settings.text_column)
 
     meta = prepare(settings, HERE, documents, "gpt2")
     if meta:

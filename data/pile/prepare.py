@@ -20,13 +20,13 @@ if __name__ == "__main__":
 
 from nanosophia.command import command  # noqa: E402
 from nanosophia.configurator import load, option  # noqa: E402
-from nanosophia.corpus import PrepareSettings, prepare  # noqa: E402
+from nanosophia.corpus import ColumnSettings, prepare  # noqa: E402
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents  # noqa: E402
 from nanosophia.tokenizer import get_tokenizer  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
-class PileSettings(PrepareSettings):
+class PileSettings(ColumnSettings):
     """The settings of this script."""
 
     train: str = option("", "local training files: a comma-separated list of files, folders, globs")
@@ -41,16 +41,17 @@ def pile_documents(settings: PileSettings) -> Documents:
     """Returns validation documents, then training documents, each with its split's name."""
     if settings.hub:
         get_tokenizer(settings.tokenizer)  # a missing one fails before a long download
-        parts = [hub_documents(settings.hub, hub_split, _all(split), streaming=settings.streaming)
+        parts = [hub_documents(settings.hub, hub_split, _all(split), streaming=settings.streaming,
+                               column=settings.text_column)
                  for split, hub_split in (("val", settings.hub_val_split), ("train", "train"))]
     elif settings.train and settings.val:
-        parts = [local_documents(settings.val, _all("val")),
-                 local_documents(settings.train, _all("train"))]
+        parts = [local_documents(settings.val, _all("val"), settings.text_column),
+                 local_documents(settings.train, _all("train"), settings.text_column)]
     else:
         raise CorpusError("give --train=FILES and --val=FILES, or --hub=NAME")
     first, second = parts
 
-    def read(start: int) -> Iterator[tuple[str, str]]:
+    def read(start: int) -> Iterator[tuple[str, str | None]]:
         if start < first.count:
             yield from first.read(start)
         yield from second.read(max(0, start - first.count))

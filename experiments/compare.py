@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,8 +130,20 @@ def parse_numbers(settings: CompareSettings, key: str, *, may_be_empty: bool = F
 
 
 def contender_flags(contender: str) -> tuple[str, ...]:
-    """Returns train.py's flags for a config file and settings after commas."""
-    parts = [part.strip() for part in contender.split(",") if part.strip()]
+    """Returns train.py's flags for a config file and settings after commas.
+
+    Commas within brackets or quotes belong to a value; the quotes are taken off.
+    """
+    parts, depth, quote = [""], 0, ""
+    for c in contender:
+        if quote or c in "'\"":
+            quote = "" if c == quote else quote or c
+        depth += (c in "([{") - (c in ")]}") if not quote else 0
+        if c == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += c
+    parts = [re.sub(r"=(['\"])(.*)\1$", r"=\2", part.strip()) for part in parts if part.strip()]
     return tuple(part if part.endswith(".py") else f"--{part}" for part in parts)
 
 

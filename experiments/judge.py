@@ -2,9 +2,9 @@
 
 A contender's cells are losses by length T and seed. The speed-up at T is T_A / T, where the
 baseline reaches the contender's mean loss at T_A, by linear interpolation of its mean losses in
-log T. The bootstrap draws every cell's seeds anew: its mean, plus residuals drawn from those of all
-lengths of the same contender, scaled by sqrt(S / (S - 1)); it assumes that seeds scatter alike at
-every length.
+log T. Its interval is by a parametric bootstrap over seeds: every cell's mean is drawn anew, by
+Student's t with the variance of the seeds about their means, pooled over all lengths of the same
+contender, which assumes that seeds scatter alike at every length.
 """
 
 import math
@@ -45,15 +45,20 @@ def speed_ups(lengths: Sequence[int], baseline: np.ndarray, T: int, losses: np.n
               ) -> np.ndarray:
     """Returns T_A / T for each draw: baseline (draws, lengths), losses (draws,).
 
-    Outside the baseline's losses it is the end: the longest length over T, or the shortest. A
-    baseline that is worse at a longer length counts as it was at the shorter one.
+    Outside the baseline's losses it is exactly the end: the longest length over T, or the shortest.
+    Lengths at which a baseline is no better than at a shorter one are left out.
     """
-    steps = np.log(np.asarray(lengths, float))
-    falling = np.minimum.accumulate(baseline, axis=1)
     found = np.empty(len(losses))
-    for i, (curve, loss) in enumerate(zip(falling, losses, strict=True)):
-        found[i] = np.interp(-loss, -curve, steps)
-    return np.exp(found) / T
+    for i, (curve, loss) in enumerate(zip(baseline, losses, strict=True)):
+        falls = curve < np.minimum.accumulate(np.concatenate([[math.inf], curve[:-1]]))
+        kept, steps = curve[falls], np.asarray(lengths, float)[falls]
+        if loss >= kept[0]:
+            found[i] = lengths[0] / T
+        elif loss <= kept[-1]:
+            found[i] = lengths[-1] / T
+        else:
+            found[i] = math.exp(np.interp(-loss, -kept, np.log(steps))) / T
+    return found
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,11 @@ class SpeedUp:
         many."""
         if math.isnan(self.value):
             return ""
-        ends = {x: "at least " for x in (self.value, self.low, self.high)
-                if x >= self.most * (1 - 1e-9)}
-        ends |= {x: "at most " for x in (self.value, self.low, self.high)
-                 if x <= self.least * (1 + 1e-9)}
+        ends = {self.most: "at least ", self.least: "at most "}
         value, low, high = (f"{ends.get(x, '')}{x * per_step:.2f}"
                             for x in (self.value, self.low, self.high))
-        return value if value == low == high else f"{value} ({low} to {high})"
+        return value if math.isnan(self.low) or value == low == high else \
+            f"{value} ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class Row:
     speed_up: SpeedUp
     p_one: float  # that it is at most 1, corrected
     p_two: float  # at most 2
+    p_slow: float  # at least 1
+    baseline_diverged: bool = False
 
     def difference_text(self) -> str:
         """Returns the difference and its interval in words."""
@@ -100,17 +105,17 @@ class Row:
 
     def verdict(self) -> str:
         """Returns a sentence: a claim only where the interval excludes 1, or 2."""
-        if not math.isfinite(self.mean):
-            return "it diverged"
+        if self.baseline_diverged or not math.isfinite(self.mean):
+            return "no verdict: the baseline diverged" if self.baseline_diverged else "it diverged"
         s, limit = self.speed_up, (1 - LEVEL) / 2
         where = f"{s.text(1.0)} times as fast in steps"
         if math.isnan(s.low):
             return f"{where}; one seed, so no verdict"
-        if s.low > 2 and self.p_two < limit:
+        if s.low >= 2 and self.p_two < limit:
             return f"{where}: at least twice as fast"
         if s.low > 1 and self.p_one < limit:
             return f"{where}: faster"
-        if s.high < 1:
+        if s.high < 1 and self.p_slow < limit:
             return f"{where}: slower"
         return f"{where}: no verdict"
 
@@ -123,21 +128,27 @@ def compare(baseline: Losses, others: dict[str, Losses], T: int) -> dict[str, Ro
     found, p_values = {}, {}
     for name, losses in others.items():
         if not np.isfinite([*losses[T], *baseline[T]]).all():
-            found[name] = (math.inf, math.inf, math.nan, SpeedUp(*[math.nan] * 5))
-            p_values[name] = (1.0, 1.0)
+            found[name] = (mean(losses[T]), math.inf, math.nan, SpeedUp(*[math.nan] * 5))
+            p_values[name] = (1.0, 1.0, 1.0)
             continue
         drawn = _means(losses, [T], rng)[:, 0]
         value, *draws = speed_ups(lengths, curve, T, drawn)
+        draws, least, most = np.asarray(draws), lengths[0] / T, lengths[-1] / T
         low, high = np.quantile(draws, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) \
             if len(losses[T]) > 1 else (math.nan, math.nan)
         difference, half = t_interval([a - b for a, b in zip(losses[T], baseline[T], strict=True)])
         found[name] = (mean(losses[T]), difference, half, SpeedUp(
-            float(value), float(low), float(high), lengths[0] / T, lengths[-1] / T))
-        # One more draw that speaks against it, so that no p is 0.
-        p_values[name] = tuple((1 + sum(x <= bound for x in draws)) / (1 + len(draws))
-                               for bound in (1, 2))
-    ones, twos = (holm({name: p[i] for name, p in p_values.items()}) for i in (0, 1))
-    return {name: Row(*values, ones[name], twos[name]) for name, values in found.items()}
+            float(value), float(low), float(high), least, most))
+        # What is beyond an end may be anything there: it speaks for no bound but the end's own. One
+        # more draw speaks against each claim, so that no p is 0.
+        against = (~((draws > 1) | ((draws == most) & (most >= 1))),
+                   ~((draws > 2) | ((draws == most) & (most >= 2))),
+                   ~((draws < 1) | ((draws == least) & (least < 1))))
+        p_values[name] = tuple((1 + int(x.sum())) / (1 + len(draws)) for x in against)
+    corrected = [holm({name: p[i] for name, p in p_values.items()}) for i in range(3)]
+    diverged = not np.isfinite(baseline[T]).all()
+    return {name: Row(*values, *(p[name] for p in corrected), diverged)
+            for name, values in found.items()}
 
 
 def _means(losses: Losses, lengths: Sequence[int], rng: np.random.Generator) -> np.ndarray:
@@ -147,8 +158,9 @@ def _means(losses: Losses, lengths: Sequence[int], rng: np.random.Generator) -> 
     seeds = len(next(iter(losses.values())))
     if seeds < 2 or not finite:
         return np.tile(centre, (1 + DRAWS, 1))
-    pool = np.concatenate([x - x.mean() for x in finite.values()]) * math.sqrt(seeds / (seeds - 1))
-    noise = rng.choice(pool, size=(DRAWS, len(lengths), seeds)).mean(-1)
+    free = len(finite) * (seeds - 1)
+    variance = sum(((x - x.mean()) ** 2).sum() for x in finite.values()) / free
+    noise = rng.standard_t(free, size=(DRAWS, len(lengths))) * math.sqrt(variance / seeds)
     return np.concatenate([centre[None], centre + noise])
 
 

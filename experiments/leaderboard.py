@@ -17,10 +17,11 @@ cooldown begins, with the losses that they would have had alone.
 
 Reported at each T: the mean final loss and its standard error; the difference to the baseline with
 the same seeds and its 95 % interval by Student's t; the speed-up: the T at which the baseline has
-that loss, interpolated in log T, over T. Its 95 % interval and p-values are by bootstrap of the
-residuals over seeds (`experiments.judge`); a verdict is given where Holm's correction over the
-contenders leaves p < 0.025 that the speed-up is at most 1, or 2. In --out_dir: leaderboard.md and
-.json, from which experiments.report makes the tables again.
+that loss, interpolated in log T, over T. Its 95 % interval and p-values are by a bootstrap over
+seeds (`experiments.judge`); a verdict is given where Holm's correction over the contenders leaves
+p < 0.025 that the speed-up is at most 1, or 2, or that it is at least 1. The first seed is also the
+one that settings were chosen by, which favours every contender's first cell at --tune_at a little.
+In --out_dir: leaderboard.md and .json, from which experiments.report makes the tables again.
 """
 
 if __name__ == "__main__":
@@ -73,8 +74,20 @@ class LeaderboardSettings(RunSettings):
             raise ConfigError(f"longer = {self.longer!r} are multiples above 1", "longer")
         if any(x >= 1 for x in parse_numbers(self, "warmups")):
             raise ConfigError(f"warmups = {self.warmups!r} are shares below 1", "warmups")
-        if len({c.name for c in self.contenders}) < len(self.contenders):
-            raise ConfigError("two contenders have one name; give each its own", "candidates")
+        if len(self.baseline_lengths) < 2:
+            raise ConfigError("one length of the baseline gives no curve to read speed-ups from; "
+                              "give more max_iters, or --longer=2", "max_iters", "longer")
+        if len(self.contenders) < 2 or len({c.name for c in self.contenders}) < \
+                len(self.contenders):
+            raise ConfigError("contenders need a name each; two have the same, or there is one "
+                              "alone", "candidates")
+        for c in self.contenders:
+            needed = len(c.rates) + len(parse_numbers(self, "warmups")) - 1 + sum(
+                len(values) - 1 for values in c.options.values())
+            if self.budget < needed:
+                raise ConfigError(f"budget = {self.budget} is less than the {needed} runs that "
+                                  f"{c.name} takes to try its rates, warm-ups and options once; "
+                                  "raise it", "budget")
 
     @property
     def lengths(self) -> list[int]:
@@ -95,8 +108,8 @@ class LeaderboardSettings(RunSettings):
     @cached_property
     def contenders(self) -> list["Contender"]:
         """Returns the baseline and the candidates; raises ConfigError."""
-        return [Contender.parse(text) for text in (self.baseline, *self.candidates.split(";"))
-                if text.strip()]
+        return [Contender.parse(text, self.extra)
+                for text in (self.baseline, *self.candidates.split(";")) if text.strip()]
 
 
 @dataclass(frozen=True)
@@ -109,8 +122,8 @@ class Contender:
     options: dict[str, tuple[str, ...]]
 
     @classmethod
-    def parse(cls, text: str) -> "Contender":
-        """Returns the contender that a text describes; raises ConfigError."""
+    def parse(cls, text: str, extra: tuple[str, ...] = ()) -> "Contender":
+        """Returns the contender that a text describes, beside flags for all; raises ConfigError."""
         name, colon, rest = text.partition(":")
         if not colon or not name.strip() or not rest.strip() or "/" in name:
             raise ConfigError(f"{text.strip()!r} is no contender; write NAME: config/FILE.py, "
@@ -126,13 +139,17 @@ class Contender:
         if repeated := [key for key, v in alternatives.items() if len(set(v)) < len(v)]:
             raise ConfigError(f"{name.strip()}: an alternative of {repeated[0]} is given twice; "
                               "leave one out", "candidates")
+        keys = {flag.partition("=")[0].removeprefix("--") for flag in flags} | alternatives.keys()
+        if own := keys & {"warmup_iters", "max_iters", "seed", "eval_interval", "log_interval"}:
+            raise ConfigError(f"{name.strip()} sets {min(own)}, which the leaderboard sets itself; "
+                              "leave it out", "candidates")
         try:
             rates = sorted({float(x) for x in rates})
         except ValueError:
             raise ConfigError(f"{name.strip()}: learning_rate = {'|'.join(rates)} are no numbers",
                               "candidates") from None
         if not rates:
-            rate = RunSpec("", tuple(flags)).config().learning_rate
+            rate = RunSpec("", (*extra, *flags)).config().learning_rate
             rates = [rate / 2, rate, rate * 2]
         return cls(name.strip(), tuple(flags), tuple(rates), alternatives)
 
@@ -194,9 +211,10 @@ def tune(contender: Contender, warmups: list[float], budget: int) -> Tuning:
                     tuple(values[0] for values in contender.options.values()))
 
     def best() -> Setting:
-        return min(tried, key=tried.get) if tried else first
+        # Where every run diverged, the smallest rate, beyond which the search goes on.
+        return min(tried, key=lambda s: (tried[s], s.rate)) if tried else first
 
-    tried = yield [replace(first, rate=rate) for rate in contender.rates][:budget]
+    tried = yield [replace(first, rate=rate) for rate in contender.rates]
     others = len(warmups) - 1 + sum(len(values) - 1 for values in contender.options.values())
     while len(tried) + others < budget and (rate := beyond(tried, best().rate)):
         tried = yield [replace(best(), rate=rate)]
@@ -207,7 +225,7 @@ def tune(contender: Contender, warmups: list[float], budget: int) -> Tuning:
             now = best().options
             new = [replace(best(), options=(*now[:i], x, *now[i + 1:]))
                    for x in list(contender.options.values())[i]]
-        if new := [x for x in new if x not in tried][:budget - len(tried)]:
+        if new := [x for x in new if x not in tried]:
             tried = yield new
     while len(tried) < budget:
         rate = beyond(tried, best().rate) or between(tried, best().rate)
@@ -330,9 +348,14 @@ def check_shared(settings: LeaderboardSettings) -> None:
         for lengths in (settings.lengths, settings.baseline_lengths):
             trunk_and_branches(settings, first, setting, lengths, 0)
     base = RunSpec("", (*settings.extra, *first.flags)).config()
+    for contender in settings.contenders:
+        for i in range(max(map(len, contender.options.values()), default=1)):
+            tried = Setting(contender.rates[0], parse_numbers(settings, "warmups")[0],
+                            tuple(v[min(i, len(v) - 1)] for v in contender.options.values()))
+            settings.check_specs([spec_of(settings, contender, tried, settings.lengths[0], 0)])
     for contender in others:
         config = RunSpec("", (*settings.extra, *contender.flags)).config()
-        for key in (*SHARED_KEYS, "total_batch_size"):
+        for key in (*SHARED_KEYS, "total_batch_size", "n_layer", "n_head", "n_embd", "vocab_size"):
             if getattr(config, key) != getattr(base, key):
                 raise ConfigError(f"{contender.name} has {key} = {getattr(config, key)!r}, "
                                   f"{first.name} {getattr(base, key)!r}: give both the same",
@@ -368,7 +391,8 @@ def markdown(settings: LeaderboardSettings, outcomes: list[Outcome]) -> str:
 def _row(outcome: Outcome, base: Outcome, T: int, row: "judge.Row | None") -> str:
     losses = [run.loss for run in outcome.runs[T]]
     loss = "diverged" if math.inf in losses else \
-        f"{mean(losses):.4f} ({judge.standard_error(losses):.4f})"
+        f"{mean(losses):.4f}" + (
+            f" ({judge.standard_error(losses):.4f})" if len(losses) > 1 else "")
     cells = [outcome.contender.name, outcome.describe(), loss]
     if row is None:
         cells += ["", "1", "1", "1"]
@@ -391,14 +415,15 @@ def main(argv: list[str]) -> None:
     settings, _ = load(LeaderboardSettings, argv, "python -m experiments.leaderboard "
                                                   "--baseline=... --candidates=... [--key=value]")
     judge.require_scipy()
-    runs = Remembering(settings)
-    text, out = markdown(settings, run_leaderboard(runs)), Path(settings.out_dir)
+    runs, out = Remembering(settings), Path(settings.out_dir)
+    outcomes = run_leaderboard(runs)
     kept = {key: value for key, value in vars(settings).items()
             if key not in ("out_dir", "jobs", "contenders")}
     data = archive(command_line("experiments.leaderboard", argv), {"all": runs.results.values()},
                    experiment="leaderboard", settings=kept)
-    write_text(out / "leaderboard.md", text + "\n")
     write_text(out / "leaderboard.json", json.dumps(data) + "\n")
+    text = markdown(settings, outcomes)
+    write_text(out / "leaderboard.md", text + "\n")
     print(text)
 
 

@@ -86,8 +86,8 @@ SETTINGS = {
     "books_bytes_x4": Setting(_model(4, 96, 128, 128, "books-bytes"), "100,200,400",
                               contenders=HEADLINE),
     "books_bpe": Setting(_model(4, 96, 128, 16, "books"), "200,400,800", contenders=HEADLINE),
-    "books_bytes_2m": Setting(_model(5, 192, 128, 32, "books-bytes"), "200,400,800", seeds=2,
-                              budget=6, contenders=HEADLINE)}
+    "books_bytes_2m": Setting(_model(5, 192, 128, 32, "books-bytes"), "200,400,800", seeds=3,
+                              contenders=HEADLINE)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,16 +172,17 @@ def main(argv: list[str]) -> None:
         more = len(of.baseline_lengths) - lengths
         print("\n".join(f"{c.name}: {' '.join(c.flags)} rates {c.rates} {c.options}"
                         for c in of.contenders))
-        print(f"{n * of.budget} runs to tune, {(n * lengths + more) * of.seeds} at the best")
+        print(f"{n * of.budget} runs to tune, {(n * lengths + more) * of.seeds - n} at the best")
         return
     judge.require_scipy()
     runs = Remembering(of)
-    text = leaderboard.markdown(of, run_leaderboard(runs))
+    outcomes = run_leaderboard(runs)
     data = archive(command_line("experiments.study", argv), {"all": runs.results.values()},
                    experiment="study",
                    settings=dict(setting=settings.setting, flags=settings.flags))
-    write_text(out / f"{settings.setting}.md", text + "\n")
     write_text(out / f"{settings.setting}.json", json.dumps(data) + "\n")
+    text = leaderboard.markdown(of, outcomes)
+    write_text(out / f"{settings.setting}.md", text + "\n")
     print(text)
 
 

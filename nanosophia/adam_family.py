@@ -83,7 +83,7 @@ class AdEMAMix(AdamRelative):
 def _slow_beta(first: float, last: float, done: float) -> float:
     """Returns a beta with a log between two, so that 1 / log beta goes in a line; `done` in
     [0, 1]."""
-    if done >= 1 or first == 0:
+    if done >= 1 or first == 0 or last <= first:
         return last
     return min(last, math.exp(1 / ((1 - done) / math.log(first) + done / math.log(last))))
 
@@ -95,19 +95,19 @@ class MARS(AdamRelative):
         C = g + gamma beta1 / (1 - beta1) (g - g_last), scaled down to a norm of 1 per tensor
         Adam's step on C, after decay
 
-    Parameters of one dimension, and groups with `plain`, take Adam's step on g. State: `exp_avg`,
+    Parameters of one dimension take Adam's step on g. State: `exp_avg`,
     `exp_avg_sq`, `last_grad`; group entry `steps`.
     """
 
     def __init__(self, params, lr: float = 3e-3, betas: tuple[float, float] = (0.95, 0.99),
                  eps: float = 1e-8, weight_decay: float = 0.1, gamma: float = 0.025):
         require(type(self), gamma=(gamma, gamma >= 0))
-        super().__init__(params, lr, betas, eps, weight_decay, gamma=gamma, plain=False)
+        super().__init__(params, lr, betas, eps, weight_decay, gamma=gamma)
 
     def _update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
         m, v = _zeros(state, g, "exp_avg", "exp_avg_sq")
         (beta1, beta2), t, c = group["betas"], group["steps"], g
-        if p.dim() >= 2 and not group["plain"]:
+        if p.dim() >= 2:
             last, = _zeros(state, g, "last_grad")
             c = g + (group["gamma"] * beta1 / (1 - beta1)) * (g - last)
             c = c / c.norm().clamp_min(1)
@@ -126,9 +126,10 @@ class ScheduleFreeAdamW(AdamRelative):
     to be evaluated and saved:
 
         d = g / (sqrt(Vhat) + eps) + weight_decay y;  z -= lr d
-        x = (1 - c) x + c z, c the share of lr^2 in its sum so far;  y = beta1 x + (1 - beta1) z
+        x = (1 - c) x + c z;  y = beta1 x + (1 - beta1) z
 
-    The learning rate stays constant after a warm-up. Parameters are y while training; `eval` makes
+    where c is the share of lr^2 in its sum so far, lr the largest so far: the rate stays constant
+    after a warm-up. Parameters are y while training; `eval` makes
     them x, `train` y again, to the bit. State: `z`, `exp_avg_sq`, between eval and train `y`; group
     entries `steps`, `weight_sum`, `lr_max`. Raises RuntimeError on a step between the two.
     """

@@ -101,20 +101,26 @@ class Checkpoint(NamedTuple):
         try:
             tensors = model.state_dict()
             if not any(map(is_sharded, tensors.values())):
-                model.load_state_dict(self.model_tensors())
+                saved = self.model_tensors()
+                converted = any(tensors[key].dtype != x.dtype for key, x in saved.items()
+                                if key in tensors)
+                model.load_state_dict(saved)
                 if optimizer is not None:
                     restore_state(optimizer, self.optimizer_tensors(),
-                                  self.state.get("optimizer"))
+                                  self.state.get("optimizer"), converted=converted)
                 return
             if optimizer is None:
                 _read_shards(self.folder, tensors, no_dist=False)
                 return
             params = [p for group in optimizer.param_groups for p in group["params"]]
+            metadata = read_metadata(self.folder)
             state = {name: zeros_like_shards(params[int(name.partition(".")[0])], m.size,
                                              m.properties.dtype)
-                     for name, m in read_metadata(self.folder).items() if name[0].isdigit()}
+                     for name, m in metadata.items() if name[0].isdigit()}
             _read_shards(self.folder, tensors | state, no_dist=False)
-            restore_state(optimizer, state, self.state.get("optimizer"))
+            converted = any(metadata[key].properties.dtype != x.dtype
+                            for key, x in tensors.items() if key in metadata)
+            restore_state(optimizer, state, self.state.get("optimizer"), converted=converted)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

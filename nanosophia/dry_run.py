@@ -31,6 +31,7 @@ from nanosophia.metrics import peak_flops
 from nanosophia.optimizer_state import flatten_state
 from nanosophia.optimizers import build, check, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
+from nanosophia.packages import OptimizerError
 from nanosophia.tokenizer import GPT2_CLASSES
 
 GPUS = (1, 8, 10, 64, 256)  # 10: the paper's machines of A5000s
@@ -91,8 +92,11 @@ def plan(config: Config) -> Plan:
         p.grad = torch.empty_like(p)
     if estimator is not None:
         optimizer.update_hessian([p.grad for p in optimizer.parameters()])
-    optimizer.step()
-    state = sum(x.nbytes for x in flatten_state(optimizer)[0].values())
+    try:
+        optimizer.step()
+        state = sum(x.nbytes for x in flatten_state(optimizer)[0].values())
+    except OptimizerError:  # of a package, that needs numbers to step: as large as AdamW's
+        state = 8 * model.num_params(non_embedding=False)
     share = estimate_share(config, estimator, model.flops_per_token())
     return Plan(config, model.num_params(non_embedding=False),
                 sum(p.numel() for p in model.transformer.h[0].parameters()), state,

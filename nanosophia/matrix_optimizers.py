@@ -172,7 +172,8 @@ class SOAP(MatrixOptimizer):
         require(type(self), lr=(lr, lr >= 0), eps=(eps, eps > 0), frequency=(frequency,
                                                                             frequency >= 1),
                 weight_decay=(weight_decay, weight_decay >= 0), largest=(largest, largest >= 0),
-                betas=(betas, all(0 <= b < 1 for b in betas)))
+                betas=(betas, all(0 <= b < 1 for b in betas)),
+                shampoo_beta=(shampoo_beta, shampoo_beta is None or 0 <= shampoo_beta < 1))
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       frequency=frequency, largest=largest,
                                       shampoo_beta=shampoo_beta))
@@ -221,7 +222,7 @@ class SOAP(MatrixOptimizer):
         product = factor @ basis
         order = (basis * product).sum(0).argsort(descending=True)
         state["exp_avg_sq"] = state["exp_avg_sq"].index_select(dim, order)
-        state[f"{side}_basis"] = torch.linalg.qr(product[:, order]).Q
+        state[f"{side}_basis"] = torch.linalg.qr(product[:, order]).Q.contiguous()
 
 
 def _sides(state: dict) -> list[str]:
@@ -260,7 +261,8 @@ class Kron(MatrixOptimizer):
                  scale: float = 1.0):
         require(type(self), lr=(lr, lr >= 0), momentum=(momentum, 0 <= momentum < 1),
                 weight_decay=(weight_decay, weight_decay >= 0), rate=(rate, 0 < rate < 1),
-                scale=(scale, scale > 0))
+                scale=(scale, scale > 0), probability=(probability, probability is None or callable(
+                    probability) or 0 < probability <= 1))
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       rate=rate, probability=probability, scale=scale))
 

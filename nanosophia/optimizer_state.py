@@ -7,15 +7,18 @@ own.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
 from nanosophia.configurator import UserError
+from nanosophia.distributed import is_sharded
 
 
 class StateError(UserError):
@@ -40,9 +43,25 @@ class Beginning:
 
 
 def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """Returns the plain values and tensors that an object has beside its state and groups."""
-    return {key: deepcopy(value) for key, value in vars(optimizer).items()
-            if isinstance(value, bool | int | float | str | Tensor)}
+    """Returns copies of the plain values, tensors and containers of them that an object has beside
+    its state and groups; torch's own private ones and lists of parameters are left out."""
+    of_torch = type(optimizer).__module__.startswith("torch.")
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = {}
+    for key, value in vars(optimizer).items():
+        if key in ("state", "param_groups", "defaults", "found_inf") or (
+                of_torch and key.startswith("_")):
+            continue
+        tensors: dict[str, Tensor] = {}
+        if isinstance(value, deque | numpy.ndarray):
+            value = list(value)
+        try:
+            _encode(value, key, tensors, "")
+        except StateError:  # a function, a lock: nothing that training would change
+            continue
+        if not {id(x) for x in tensors.values()} & parameters:
+            found[key] = deepcopy(value)
+    return found
 
 
 @contextmanager
@@ -51,16 +70,17 @@ def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     Schedule-Free optimizers, whose methods `eval` and `train` go to and fro, evaluate an average.
     """
-    if _averages(optimizer):
+    if averages(optimizer):
         optimizer.eval()
     try:
         yield
     finally:
-        if _averages(optimizer):
+        if averages(optimizer):
             optimizer.train()
 
 
-def _averages(optimizer: torch.optim.Optimizer) -> bool:
+def averages(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether an optimizer evaluates other weights than it trains."""
     return hasattr(optimizer, "eval") and hasattr(optimizer, "train")
 
 
@@ -73,12 +93,18 @@ def flatten_state(optimizer: torch.optim.Optimizer, beginning: Beginning | None 
     """
     whole, tensors, rest = optimizer.state_dict(), {}, {}
     name = type(optimizer).__name__
+    if not {"state", "param_groups"} <= whole.keys():
+        raise StateError(f"{name} has a state_dict of its own kind, {', '.join(map(str, whole))}; "
+                         "use another optimizer")
     for number, values in whole["state"].items():
         if not isinstance(number, int) or not isinstance(values, dict):
             raise StateError(f"{name} keeps {number!r} in its state beside what belongs to "
                              "parameters, which a checkpoint does not hold; use another optimizer")
         for key, value in values.items():
             place = f"{number}.{key}"
+            if not isinstance(key, str):
+                raise StateError(f"{name} keeps {key!r} in its state, whose names must be text; "
+                                 "use another optimizer")
             if isinstance(value, Tensor):
                 tensors[place] = value
             else:
@@ -101,17 +127,27 @@ def flatten_state(optimizer: torch.optim.Optimizer, beginning: Beginning | None 
                 raise StateError(f"{name} keeps {key!r}, which training changes, outside its "
                                  "state_dict, so that a checkpoint would lose it; use another "
                                  "optimizer")
+    # A product rounds by how its factors lie in memory, which files do not keep.
+    rest |= {"strides": found} if (found := [
+        [place, list(x.stride())] for place, x in tensors.items()
+        if not is_sharded(x) and not x.is_contiguous()]) else {}
     return tensors, rest
 
 
 def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
-                  rest: dict | None = None) -> None:
+                  rest: dict | None = None, *, converted: bool = False) -> None:
     """Loads what `flatten_state` returned; settings that training did not change stay as they are.
 
     The parameters are taken to be as `evaluation_weights` has them, and become training's. Raises
-    ValueError, or what the optimizer raises, on the state of another optimizer or model.
+    ValueError, or what the optimizer raises, on the state of another optimizer or model. Tensors
+    have the precision that they were saved in, or, where the parameters' is `converted`, the one
+    that torch gives them.
     """
     tensors, rest = dict(tensors), rest or {}
+    for place, strides in rest.get("strides", ()):
+        x = tensors[place]
+        tensors[place] = torch.empty_strided(x.shape, strides, dtype=x.dtype,
+                                             device=x.device).copy_(x)
     others = [_decode(value, tensors) for *_, value in
               [*rest.get("state", ()), *rest.get("groups", ()), *rest.get("more", ())]]
     values = iter(others)
@@ -121,12 +157,17 @@ def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
         number, _, key = place.partition(".")
         state.setdefault(int(number), {})[key] = tensor
     for number, key, value in extra:
-        state.setdefault(number, {})[key] = value
+        if key in state.setdefault(number, {}):
+            raise ValueError(f"it has {key!r} of parameter {number} twice")
+        state[number][key] = value
     whole = optimizer.state_dict()
     for index, key, _ in rest.get("groups", ()):
         if index >= len(whole["param_groups"]):
             raise ValueError(f"it has a param group number {index}")
-        whole["param_groups"][index][key] = next(values)
+        group, value = whole["param_groups"][index], next(values)
+        if not _alike(group.get(key), value):
+            raise ValueError(f"{key} of a param group is {value!r}, here {group[key]!r}")
+        group[key] = value
     whole |= {key: next(values) for key, _ in rest.get("more", ())}
     order = [p for group in optimizer.param_groups for p in group["params"]]
     if state and max(state) >= len(order):
@@ -135,21 +176,19 @@ def restore_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     for number, saved in state.items():
         loaded = optimizer.state[order[number]]
         for key, value in saved.items():
-            if key in loaded:
+            if key in loaded and not converted:
                 loaded[key] = _as_saved(value, loaded[key])
-    if _averages(optimizer):
+    if averages(optimizer):
         optimizer.train()
 
 
 def _as_saved(saved: object, loaded: object) -> object:
     """Returns a value as it was saved, on the device it was loaded on.
 
-    torch's loader gives every tensor the parameter's precision, which float32 and float64 keep
-    unless it is lower, and breaks strings.
+    torch's loader gives every tensor the parameter's precision, and breaks strings.
     """
     if isinstance(saved, Tensor):
-        exact = (torch.float32, torch.float64)
-        if isinstance(loaded, Tensor) and saved.dtype in exact and loaded.dtype in exact:
+        if isinstance(loaded, Tensor) and loaded.dtype == saved.dtype:
             return loaded
         return saved.to(loaded.device) if isinstance(loaded, Tensor) else saved
     if isinstance(saved, dict):
@@ -157,6 +196,14 @@ def _as_saved(saved: object, loaded: object) -> object:
     if isinstance(saved, list | tuple):
         return type(saved)(map(_as_saved, saved, loaded))
     return saved
+
+
+def _alike(here: object, saved: object) -> bool:
+    """Returns whether a saved setting may stand where another is: numbers for numbers, and so on;
+    anything for None."""
+    number = bool | int | float | Tensor
+    return here is None or isinstance(saved, type(here)) or (
+        isinstance(here, number) and isinstance(saved, number))
 
 
 _ABSENT = object()
@@ -186,7 +233,7 @@ def _encode(value: object, place: str, tensors: dict[str, Tensor], what: str) ->
     if kind in (list, tuple):
         return {kind.__name__: [_encode(x, f"{place}.{i}", tensors, what)
                                 for i, x in enumerate(value)]}
-    if isinstance(value, dict):
+    if kind is dict:
         return dict(dict=[[_encode(k, f"{place}.{i}.key", tensors, what),
                            _encode(v, f"{place}.{i}", tensors, what)]
                           for i, (k, v) in enumerate(value.items())])

@@ -55,6 +55,9 @@ def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: All
     """
     _do_not_load_compiler()
     groups = parameter_groups(model, config)
+    if config.eval_only:  # nothing steps
+        optimizer = torch.optim.SGD(groups)
+        return OptimizerAndEstimator(optimizer, None, Beginning.of(optimizer))
     if packages.is_of_package(config.optimizer):
         optimizer, lr_key = packages.build(config.optimizer, config.optimizer_args, groups,
                                            config.learning_rate)

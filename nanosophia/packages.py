@@ -10,6 +10,7 @@ import numpy
 import torch
 
 from nanosophia.configurator import ConfigError, UserError
+from nanosophia.optimizer_state import averages
 
 
 class OptimizerError(UserError):
@@ -28,7 +29,7 @@ def find_class(name: str) -> type[torch.optim.Optimizer]:
     module, _, cls = name.partition(":")
     try:
         found = getattr(import_module(module), cls)
-    except Exception as error:  # importing runs any code
+    except (Exception, SystemExit) as error:  # importing runs any code
         raise ConfigError(f"optimizer = {name}: {type(error).__name__}: {_line(error)}; write "
                           "package.module:Class of an installed package", "optimizer") from None
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
@@ -45,13 +46,14 @@ def parse_arguments(text: str) -> dict[str, object]:
     """Returns the arguments that `lr_key='lr', betas=(0.9, 0.99)` gives; raises ConfigError."""
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args \
+                or any(k.arg is None for k in call.keywords):
             raise ValueError("arguments have names")
         names = [keyword.arg for keyword in call.keywords]
         if len(set(names)) < len(names):
             raise ValueError("a name is given twice")
         return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ConfigError(f"optimizer_args = {text[:200]!r} cannot be read: {_line(error)}; write "
                           'name=value, ... with plain values, e.g. "betas=(0.9, 0.99), eps=1e-8"',
                           "optimizer_args") from None
@@ -69,19 +71,26 @@ def build(name: str, arguments: str, groups: list[dict], learning_rate: float,
     if not isinstance(lr_key, str) or lr_key in options:
         raise ConfigError(f"optimizer_args: lr_key = {lr_key!r} must name the argument that takes "
                           "learning_rate, which is not given itself", "optimizer_args")
+    if "weight_decay" in options:
+        raise ConfigError("optimizer_args: weight_decay is train.py's own, which leaves vectors "
+                          "alone; give --weight_decay", "optimizer_args")
     try:
         optimizer = cls(groups, **{lr_key: learning_rate}, **options)
+        has_lr = all(lr_key in group for group in optimizer.param_groups)
+        decays = "weight_decay" in optimizer.defaults
     except Exception as error:  # whatever the package raises
         raise ConfigError(f"optimizer = {name} does not take these parameters or arguments: "
                           f"{type(error).__name__}: {_line(error)}; correct optimizer_args, or use "
                           "another", "optimizer", "optimizer_args") from None
-    if any(lr_key not in group for group in optimizer.param_groups):
+    if not has_lr:
         raise ConfigError(f"optimizer = {name} has no {lr_key!r} in its param groups, so no "
                           "schedule can set its learning rate; name the entry as lr_key in "
                           "optimizer_args", "optimizer_args")
-    if "weight_decay" not in optimizer.defaults and any(g["weight_decay"] for g in groups):
+    if not decays and any(g["weight_decay"] for g in groups):
         raise ConfigError(f"optimizer = {name} has no weight_decay; give --weight_decay=0",
                           "weight_decay", "optimizer")
+    if averages(optimizer):
+        optimizer.train()
     optimizer.step = _explained(optimizer.step, name)
     return optimizer, lr_key
 

@@ -44,7 +44,7 @@ from nanosophia.weights import Weights, foreign_weights, saved_model_config
 
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.
 RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer",
-            "optimizer_args"}
+            "optimizer_args", "metric_rest"}
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "checkpoint", "reset_optimizer", "device", "dtype",
               "parallel", "activation_checkpointing", "loss_chunk", "compile", "compile_optimizer",
@@ -276,7 +276,9 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
     if another:
         notes.append(f"optimizer was {saved['optimizer']!r} until step "
                      f"{checkpoint.state['step']} and is {config.optimizer!r} from now on")
-    own = OPTIMIZER_KEYS | {"optimizer"} if another else set()
+    own = OPTIMIZER_KEYS | {"optimizer"} | {
+        key for name in (saved["optimizer"], config.optimizer) if spec(name)
+        for key in spec(name).defaults} if another else set()
     for key in saved.keys() & asdict(config).keys() - LOCAL_KEYS - own:
         given = getattr(config, key)
         is_derived = key == "vocab_size" and given == 0

@@ -53,6 +53,7 @@ class OptimizerRest(TypedDict):
     state: NotRequired[list[tuple[Count, str, Any]]]
     groups: NotRequired[list[tuple[Count, str, Any]]]
     more: NotRequired[list[tuple[str, Any]]]
+    strides: NotRequired[list[tuple[str, list[Count]]]]
 
 
 class State(TypedDict):

@@ -21,6 +21,7 @@ from nanosophia.checkpoint import (
     run_state,
     save,
 )
+from nanosophia.optimizer_state import flatten_state, restore_state
 from nanosophia.weights import foreign_weights, saved_model_config
 from tests.conftest import TINY
 
@@ -335,7 +336,7 @@ def test_optimizer_state_round_trips_and_keeps_new_hyperparameters():
     for p in first.param_groups[0]["params"]:
         p.grad = torch.randn(3)
     first.step()
-    checkpoint.restore_state(second, checkpoint.flatten_state(first))
+    restore_state(second, *flatten_state(first))
     assert second.param_groups[0]["lr"] == 0.5
     for a, b in zip(first.state.values(), second.state.values(), strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -186,6 +186,7 @@ def test_what_is_no_hidden_matrix_is_refused(cls):
     lambda p: MetricMuon(p, sides="left"), lambda p: SOAP(p, frequency=0),
     lambda p: SOAP(p, eps=0), lambda p: Kron(p, rate=1), lambda p: Kron(p, momentum=1.0),
     lambda p: AdEMAMix(p, alpha=-1), lambda p: AdEMAMix(p, betas=(0.9, 0.9, 1.0)),
+    lambda p: SOAP(p, shampoo_beta=5), lambda p: Kron(p, probability=0),
     lambda p: MARS(p, gamma=-1), lambda p: ScheduleFreeAdamW(p, betas=(0, 0.9)),
     lambda p: ScheduleFreeAdamW(p, lr=-1)])
 def test_values_out_of_range_are_refused(make):
@@ -203,6 +204,14 @@ def test_half_precision_parameters_have_float32_state(cls):
     state = [x for x in optimizer.state[params[0]].values() if x.dim()]
     assert state and all(x.dtype == torch.float32 for x in state)
     assert params[0].dtype == torch.bfloat16 and params[0].isfinite().all()
+
+
+def test_a_slow_momentum_that_is_not_slower_is_no_error():
+    params = parameters([(2, 3)])
+    optimizer = AdEMAMix(params, betas=(0.9, 0.99, 0.0), warmup=5)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert params[0].isfinite().all()
 
 
 def test_mars_leaves_vectors_to_adam():

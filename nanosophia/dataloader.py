@@ -21,7 +21,14 @@ from torch import Tensor
 from nanosophia.configurator import UserError
 from nanosophia.files import reason
 from nanosophia.schemas import META, PROGRESS, Meta, read
-from nanosophia.tokenizer import GPT2_CLASSES, fingerprint, get_tokenizer, resolve_tokenizer
+from nanosophia.tokenizer import (
+    CHARACTERS,
+    GPT2_CLASSES,
+    fingerprint,
+    get_tokenizer,
+    read_characters,
+    resolve_tokenizer,
+)
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Streams of random numbers that must not meet; part of the key of every generator.
@@ -90,11 +97,23 @@ def open_dataset(name: str, block_size: int, bare_tokens: str = "none") -> Datas
         tokenizer = resolve_tokenizer(folder, meta["tokenizer"])
         seen = {split: f"{len(tokens)} tokens, sampled sha256 " + _check_ids(
             Path(tokens.filename), tokens, meta["vocab_size"]) for split, tokens in arrays.items()}
+        if bare_tokens == "gpt2" and "tokens" not in meta["splits"]["train"] and \
+                meta["tokenizer"] == "gpt2":
+            _require_gpt2_ids(arrays["train"])
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be read: {reason(error)}; check its "
                         "permissions and the disk") from error
     return Dataset(folder, arrays["train"], arrays["val"], meta["vocab_size"], tokenizer,
                    seen, note, meta.get("tokenizer_sha256", ""))
+
+
+def _require_gpt2_ids(tokens: np.ndarray) -> None:
+    """Raises DataError where so many ids of GPT-2's would go higher."""
+    some = tokens[:1 << 20]
+    if len(some) >= 10_000 and some.max() < 5000:
+        raise DataError(f"{tokens.filename} holds no id above {some.max()} among its first "
+                        f"{len(some):,}, so GPT-2's tokenizer did not make it; prepare it again, "
+                        "or put the meta.pkl beside it that nanoGPT wrote")
 
 
 def _changed_at(path: Path) -> tuple[int, int] | None:
@@ -116,11 +135,15 @@ def _describe(folder: Path, name: str, bare_tokens: str) -> tuple[dict, str]:
                         "which continues")
     if not (folder / "train.bin").exists():
         raise DataError(f"{folder / 'train.bin'} not found; {_how_to_prepare(name)}")
+    splits = {split: dict(file=f"{split}.bin") for split in ("train", "val")}
+    if (folder / CHARACTERS).exists():
+        count = len(read_characters(folder / CHARACTERS))
+        return (dict(vocab_size=count + 1, tokenizer=CHARACTERS, splits=splits),
+                f"{folder} is nanoGPT's: its meta.pkl lists {count} characters")
     if bare_tokens != "gpt2":
         raise DataError(f"{path} not found, so nothing says what the ids in train.bin are; prepare "
                         "the folder again, or say --bare_tokens=gpt2 if GPT-2's tokenizer made "
                         "them (nanoGPT's files)")
-    splits = {split: dict(file=f"{split}.bin") for split in ("train", "val")}
     return (dict(vocab_size=GPT2_CLASSES, tokenizer="gpt2", splits=splits),
             f"{folder} has no meta.json: GPT-2 tokens, as --bare_tokens says")
 

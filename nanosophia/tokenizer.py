@@ -1,4 +1,5 @@
-"""Tokenizers: tiktoken's "gpt2", "bytes" (256 bytes and end-of-text), or a tokenizer.json.
+"""Tokenizers: tiktoken's "gpt2", "bytes" (256 bytes and end-of-text), a tokenizer.json, or the
+characters that nanoGPT's meta.pkl lists.
 
 GPT-2's byte-pair encoding needs two published files, which tiktoken downloads once and caches;
 "bytes" needs nothing. The path of a tokenizer.json, or a model's name on the hub, gives an object
@@ -7,8 +8,10 @@ with the same methods through the `tokenizers` library (GPT-NeoX: EleutherAI/gpt
 
 import codecs
 import hashlib
+import io
 import json
 import os
+import pickle
 import re
 import socket
 import tempfile
@@ -21,6 +24,7 @@ from nanosophia.files import read_bytes
 EOT = "<|endoftext|>"
 NAMES = ("gpt2", "bytes")
 FILE_NAME = "tokenizer.json"  # of a copy beside the data
+CHARACTERS = "meta.pkl"  # nanoGPT's list of the characters that are the ids of its .bin files
 MOST_CLASSES = 1 << 20  # of a vocabulary
 GPT2_CLASSES = 50257  # of GPT-2's encoding, end-of-text included
 
@@ -109,14 +113,61 @@ def fingerprint(encoding) -> str:
 
 def resolve_tokenizer(folder: Path, name: str) -> str:
     """Returns the tokenizer that meta.json in `folder` names; a file name is one in that folder."""
-    return str(folder / name) if name == FILE_NAME else name
+    return str(folder / name) if name in (FILE_NAME, CHARACTERS) else name
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, text and containers; refuses everything that would import or run code."""
+
+    def find_class(self, module: str, name: str) -> object:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: object) -> object:
+        raise pickle.UnpicklingError("it refers to something outside")
+
+
+def read_characters(path: Path) -> list[str]:
+    """Returns the characters of nanoGPT's meta.pkl in the order of their ids.
+
+    Raises OSError where it cannot be read, TokenizerError where it holds anything else.
+    """
+    content = read_bytes(path)
+    try:
+        if len(content) > 1 << 24:
+            raise ValueError(f"it has {len(content)} bytes")
+        meta = _PlainUnpickler(io.BytesIO(content)).load()
+        ids = meta["stoi"]
+        characters = sorted(ids, key=ids.get)
+        if [ids[c] for c in characters] != list(range(len(ids))) or meta["vocab_size"] != len(ids) \
+                or not all(type(c) is str and len(c) == 1 for c in characters) or not characters \
+                or not all(type(i) is int for i in ids.values()):
+            raise ValueError("its stoi does not number single characters from 0 on")
+    except Exception as error:  # of damaged pickles any
+        raise TokenizerError(f"{path} is not a nanoGPT's list of characters: {error}; prepare the "
+                             "folder again") from None
+    return characters
+
+
+def _characters_json(characters: list[str]) -> str:
+    """Returns the tokenizer.json of an id per character, and end-of-text after them."""
+    return json.dumps(dict(
+        version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None,
+        added_tokens=[dict(id=len(characters), content=EOT, single_word=False, lstrip=False,
+                           rstrip=False, normalized=False, special=True)],
+        pre_tokenizer=dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated",
+                           invert=False), decoder=dict(type="Fuse"),
+        model=dict(type="WordLevel", vocab={c: i for i, c in enumerate(characters)},
+                   unk_token="<unknown>")))
 
 
 class FileEncoding:
     """Wraps a tokenizer.json in the methods of tiktoken.Encoding that this project uses."""
 
     def __init__(self, name: str):
-        """`name` is a path of a tokenizer.json or a name on the hub; raises TokenizerError."""
+        """`name` is a path of a tokenizer.json or meta.pkl, or a name on the hub.
+
+        Raises TokenizerError.
+        """
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -125,6 +176,9 @@ class FileEncoding:
         try:
             if name.endswith(".json"):
                 self.json = read_bytes(Path(name)).decode()
+                self._tokenizer = Tokenizer.from_str(self.json)
+            elif Path(name).name == CHARACTERS:
+                self.json = _characters_json(read_characters(Path(name)))
                 self._tokenizer = Tokenizer.from_str(self.json)
             elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
                 self._tokenizer = Tokenizer.from_pretrained(name)
@@ -149,13 +203,19 @@ class FileEncoding:
         if eot is None:
             raise TokenizerError(f"tokenizer {name} has no {EOT} to end documents with")
         self.eot_token = eot
-        if eot in self.encode_ordinary(f"a{EOT}b"):
+        if Path(name).name != CHARACTERS and eot in self.encode_ordinary(f"a{EOT}b"):
             raise TokenizerError(f"tokenizer {name} takes {EOT} in a text for the end of a "
                                  "document; mark it as special in its added_tokens")
 
     def encode_ordinary(self, text: str) -> list[int]:
-        """Returns ids of the text."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Returns ids of the text; raises TokenizerError where the vocabulary lacks a character."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # of characters alone: others have one for what is unknown
+            known = self._tokenizer.get_vocab()
+            missing = sorted({c for c in text if c not in known})[:10]
+            raise TokenizerError(f"the text has {', '.join(map(repr, missing))}, which the "
+                                 f"vocabulary lacks ({error}); use its characters") from None
 
     def encode_to_numpy(self, text: str, *, disallowed_special=()):
         """Returns ids of the text as an array."""
@@ -180,7 +240,7 @@ class FileEncoding:
 def byte_lengths(encoding) -> list[int]:
     """Returns how many bytes of text each id stands for; end-of-text stands for none."""
     if isinstance(encoding, FileEncoding):
-        letters = set(bytes_to_unicode().values())
+        letters = set(bytes_to_unicode().values()) if '"ByteLevel"' in encoding.json else set()
         tokens = [encoding._tokenizer.id_to_token(i) or "" for i in range(encoding.n_vocab)]
         lengths = [len(t) if set(t) <= letters else len(t.encode()) for t in tokens]
     else:

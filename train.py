@@ -65,6 +65,7 @@ from nanosophia.guard import (
     require_finite_parameters,
     skip_if_nonfinite,
 )
+from nanosophia.hellaswag import during_training
 from nanosophia.memory import largest_estimate_rows
 from nanosophia.metrics import Clock, Health, Recorder, measure
 from nanosophia.optimizer_state import Beginning, evaluation_weights, flatten_state
@@ -287,6 +288,7 @@ def loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: 
     config, clock = run.config, Clock(first_step)
     windows = ValidationWindows(data.val, block_size=config.block_size, limit=config.eval_windows,
                                 vocab_size=data.vocab_size)
+    score_on_tasks = during_training(config, data, run.ranks)
     with StopSignals(run.ranks) as signals:
         for step in range(first_step, config.max_iters):
             signals.start_poll()
@@ -300,13 +302,16 @@ def loop(run: Run, data: Dataset, saver: Saver, recorder: Recorder, first_step: 
                 flatten_state(run.optimizer, run.beginning)  # raises where no save could hold it
             evaluates = done % config.eval_interval == 0 or is_last
             saves = done % config.checkpoint_interval == 0 or is_last or stop
-            with clock.paused(), evaluation_weights(run.optimizer) if evaluates or saves else \
-                    nullcontext():
-                if evaluates or saves:
+            scores = score_on_tasks and (done % config.eval_tasks_interval == 0 or is_last)
+            pauses = evaluates or saves or scores
+            with clock.paused(), evaluation_weights(run.optimizer) if pauses else nullcontext():
+                if pauses:
                     run.guard.raise_if_tripped(run.guard.report.tolist())  # sync
                 if evaluates:
                     record["val/loss"] = evaluate(run.model, windows, run.ranks,
                                                   config.batch_size, run.autocast)
+                if scores:
+                    record |= score_on_tasks(run.model, run.autocast)
                 if record:
                     recorder.record({"step": step, **record})
                 require_finite("val/loss", record.get("val/loss", 0.0), step)

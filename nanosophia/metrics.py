@@ -250,8 +250,8 @@ def _brief(record: dict) -> str:
 
 _FORMATS = {"train/loss": "loss {:.4f}", "val/loss": "val loss {:.4f}", "lr": "lr {:.2e}",
             "grad_norm": "|g| {:.3f}", "unclipped_fraction": "unclipped {:.0%}",
-            "refused": "refused {:.0f}", "tokens_per_second": "{:,.0f} tokens/s",
-            "mfu": "MFU {:.1%}"}
+            "hellaswag/normalised": "HellaSwag {:.1%}", "refused": "refused {:.0f}",
+            "tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}"}
 
 
 def _line(record: dict) -> str:

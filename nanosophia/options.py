@@ -80,6 +80,12 @@ class Config(Settings, GPTOptions):
                                     "whole validation split, without training")
     checkpoint: Literal["newest", "best"] = option(
         "newest", "with eval_only: the newest checkpoint, or the one with the lowest val/loss")
+    eval_tasks: Literal["none", "hellaswag"] = option(
+        "none", "score the model on HellaSwag while it trains (python -m nanosophia.hellaswag)")
+    eval_tasks_interval: int = option(1000, "between such scores (the last step is always one)",
+                                      unit="steps", low=1)
+    eval_tasks_limit: int = option(0, "questions, the first ones; 0 = all", low=0)
+    hellaswag_file: str = option("", "its jsonl file; empty = downloaded through datasets")
     log_interval: int = option(10, "between records (and host syncs)", unit="steps", low=1)
     checkpoint_interval: int = option(1000, "between checkpoints (the last step always saves)",
                                       unit="steps", low=1)

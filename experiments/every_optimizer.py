@@ -32,7 +32,7 @@ SETTINGS = {  # train.py's flags, by optimizer
     "sophiah": ("--learning_rate=6e-3", "--gamma=2", "--beta1=0.8", "--hessian_batch_size=4"),
     "adamw": ("--learning_rate=8e-3", "--beta2=0.99"),
     "lion": ("--learning_rate=1e-3",),
-    "adahessian": ("--learning_rate=2e-2", "--hessian_batch_size=4"),
+    "adahessian": ("--learning_rate=2e-2", "--hessian_batch_size=32"),
     "muon": ("--learning_rate=2e-2",),
     "metric_muon": ("--learning_rate=2e-2",),
     "metric_muon_gnb": ("--learning_rate=2e-2", "--hessian_batch_size=32"),

@@ -154,7 +154,7 @@ def draw(stored: Path, file: Path) -> None:
         first = base.runs[T][0]
         axes.set_title(f"{name}: {first.plan.parameters / 1e6:.2g}M parameters,\n{T:,} steps of "
                        f"{first.config.tokens_per_step:,} tokens", loc="left", fontsize="medium")
-        axes.set_xlabel(f"steps of {base.contender.name} that one step is worth (95 % interval)")
+        axes.set_xlabel(f"steps of {base.contender.name} per step (95 % interval)")
         clear_frame(axes)
     save_figure(picture, file, file.with_suffix(".png"))
 

@@ -297,3 +297,11 @@ def test_every_optimizer_is_in_the_smoke_test_and_its_table_is_made_again(
         data = json.loads((tmp_path / "optimizers_200_steps.json").read_text())
         assert every_optimizer.remake(data) in printed
     assert printed.count("| adamw | --learning_rate=8e-3 --beta2=0.99 | ") == 1
+
+
+def test_the_picture_is_drawn_from_the_stored_runs(tmp_path, refused):
+    study.main([f"--picture={tmp_path / 'x.svg'}"])
+    text = (tmp_path / "x.svg").read_text()
+    assert text.startswith("<?xml") and (tmp_path / "x.png").stat().st_size > 10_000
+    assert "holds no study_SETTING.json; make the runs first" in refused(
+        study.main, [f"--picture={tmp_path / 'y.svg'}", f"--stored={tmp_path}"])

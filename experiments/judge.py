@@ -2,9 +2,11 @@
 
 A contender's cells are losses by length T and seed. The speed-up at T is T_A / T, where the
 baseline reaches the contender's mean loss at T_A, by linear interpolation of its mean losses in
-log T. Its interval is by a parametric bootstrap over seeds: every cell's mean is drawn anew, by
-Student's t with the variance of the seeds about their means, pooled over all lengths of the same
-contender, which assumes that seeds scatter alike at every length.
+log T. Its interval is by a parametric bootstrap over seeds: the mean of every cell is drawn anew,
+by Student's t with its standard error. The variance of seeds about their mean is pooled over a
+contender's lengths, and over the baseline's from T on, where claims of a speed-up are decided;
+seeds are taken to scatter alike there. A baseline's shorter lengths have each their own, since a
+setting may be unstable in short runs alone.
 """
 
 import math
@@ -46,9 +48,12 @@ def speed_ups(lengths: Sequence[int], baseline: np.ndarray, T: int, losses: np.n
     """Returns T_A / T for each draw: baseline (draws, lengths), losses (draws,).
 
     Outside the baseline's losses it is exactly the end: the longest length over T, or the shortest.
-    Lengths at which a baseline is no better than at a shorter one are left out.
+    Runs shorter than T are taken to be no better than longer ones up to T, and lengths beyond T at
+    which a baseline is no better than at a shorter one are left out.
     """
-    found = np.empty(len(losses))
+    found, at = np.empty(len(losses)), list(lengths).index(T)
+    short = np.maximum.accumulate(baseline[:, at::-1], axis=1)[:, ::-1]
+    baseline = np.concatenate([short, baseline[:, at + 1:]], axis=1)
     for i, (curve, loss) in enumerate(zip(baseline, losses, strict=True)):
         falls = curve < np.minimum.accumulate(np.concatenate([[math.inf], curve[:-1]]))
         kept, steps = curve[falls], np.asarray(lengths, float)[falls]
@@ -124,7 +129,7 @@ def compare(baseline: Losses, others: dict[str, Losses], T: int) -> dict[str, Ro
     """Returns what is said of each contender at T, corrected for their number."""
     lengths = sorted(T for T, x in baseline.items() if np.isfinite(x).all())
     rng = np.random.Generator(np.random.Philox(key=0))
-    curve = _means(baseline, lengths, rng)
+    curve = _means(baseline, lengths, rng, first=T)
     found, p_values = {}, {}
     for name, losses in others.items():
         if not np.isfinite([*losses[T], *baseline[T]]).all():
@@ -151,16 +156,23 @@ def compare(baseline: Losses, others: dict[str, Losses], T: int) -> dict[str, Ro
             for name, values in found.items()}
 
 
-def _means(losses: Losses, lengths: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """Returns mean losses (1 + DRAWS, lengths): as they are, then drawn by the bootstrap."""
-    finite = {T: np.asarray(x) for T, x in losses.items() if np.isfinite(x).all()}
-    centre = np.asarray([finite[T].mean() if T in finite else math.inf for T in lengths])
-    seeds = len(next(iter(losses.values())))
-    if seeds < 2 or not finite:
+def _means(losses: Losses, lengths: Sequence[int], rng: np.random.Generator, first: int = 0,
+           ) -> np.ndarray:
+    """Returns mean losses (1 + DRAWS, lengths): as they are, then drawn by the bootstrap.
+
+    The variance is pooled over the lengths from `first` on.
+    """
+    centre = np.asarray([mean(losses[T]) for T in lengths])
+    seeds = len(losses[lengths[0]])
+    if seeds < 2:
         return np.tile(centre, (1 + DRAWS, 1))
-    free = len(finite) * (seeds - 1)
-    variance = sum(((x - x.mean()) ** 2).sum() for x in finite.values()) / free
-    noise = rng.standard_t(free, size=(DRAWS, len(lengths))) * math.sqrt(variance / seeds)
+    pooled = [np.var(x, ddof=1) for length, x in losses.items()
+              if length >= first and np.isfinite(x).all()]
+    noise = np.empty((DRAWS, len(lengths)))
+    for i, length in enumerate(lengths):
+        variances = pooled if length >= first else [np.var(losses[length], ddof=1)]
+        free = len(variances) * (seeds - 1)
+        noise[:, i] = rng.standard_t(free, size=DRAWS) * math.sqrt(np.mean(variances) / seeds)
     return np.concatenate([centre[None], centre + noise])
 
 

@@ -10,8 +10,9 @@ alternatives, `key=a|b`: an option of its own that is tuned, the first value fir
 
 Each contender is tuned at the length --tune_at by the same number of runs, --budget, with the
 first seed: the ladder, which goes on beyond an end that is best; warm-ups (--warmups, as shares of
-the run); its options, one after the other; then rates between or beyond those tried. At its best it
-runs with every seed at every length T, the baseline also at `longer` times the longest. With
+the run); its options, one after the other; then rates between or beyond those tried. The baseline,
+to which all are compared, is tuned at the longest length, where verdicts are given. At its best
+each runs with every seed at every length T, the baseline also at `longer` times the longest. With
 --trunk one run with a constant rate serves all lengths: the shorter ones branch off it where their
 cooldown begins, with the losses that they would have had alone.
 
@@ -57,6 +58,8 @@ class LeaderboardSettings(RunSettings):
     longer: str = option("", "multiples of the longest T that the baseline alone is run for")
     tune_at: int = option(0, "length at which contenders are tuned; 0 = the one in the middle of "
                              "max_iters", low=0)
+    baseline_tune_at: int = option(0, "the same of the baseline; 0 = the longest of max_iters",
+                                   low=0)
     budget: int = option(9, "runs that tune each contender", low=3)
     warmups: str = option("0.05,0.15", "warm-ups, as shares of the run, the first one first")
     trunk: bool = option(
@@ -100,9 +103,10 @@ class LeaderboardSettings(RunSettings):
         more = parse_numbers(self, "longer", may_be_empty=True)
         return sorted({*self.lengths, *(round(self.lengths[-1] * x) for x in more)})
 
-    @property
-    def tuning_length(self) -> int:
-        """Returns the length at which contenders are tuned."""
+    def tuning_length(self, contender: "Contender") -> int:
+        """Returns the length at which a contender is tuned."""
+        if contender == self.contenders[0]:
+            return self.baseline_tune_at or self.lengths[-1]
         return self.tune_at or self.lengths[len(self.lengths) // 2]
 
     @cached_property
@@ -326,7 +330,7 @@ def tune_all(settings: LeaderboardSettings) -> dict[str, tuple[Setting, dict[Set
     tried: dict[str, dict[Setting, float]] = {name: {} for name in tunings}
     while wanted:
         pairs = [(name, setting) for name, new in wanted.items() for setting in new]
-        specs = [spec_of(settings, contenders[name], x, settings.tuning_length, 0)
+        specs = [spec_of(settings, contenders[name], x, settings.tuning_length(contenders[name]), 0)
                  for name, x in pairs]
         for (name, x), result in zip(pairs, settings.run_all(specs), strict=True):
             tried[name][x] = result.loss
@@ -368,8 +372,9 @@ def markdown(settings: LeaderboardSettings, outcomes: list[Outcome]) -> str:
     first = base.runs[settings.lengths[0]][0]
     lines = [f"{first.plan.parameters / 1e6:.2f}M parameters, {first.config.tokens_per_step:,} "
              f"tokens per step, validation on {first.config.eval_windows:,} windows; "
-             f"{settings.budget} runs tuned each contender at T = {settings.tuning_length:,}; "
-             f"{settings.seeds} seeds", ""]
+             f"{settings.budget} runs tuned each contender at T = "
+             f"{settings.tuning_length(others[0].contender):,}, {base.contender.name} at "
+             f"{settings.tuning_length(base.contender):,}; {settings.seeds} seeds", ""]
     verdicts = []
     for T in reversed(settings.lengths):
         rows = judge.compare(base.losses(), {o.contender.name: o.losses() for o in others}, T)

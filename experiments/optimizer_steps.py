@@ -31,6 +31,7 @@ from nanosophia.distributed import start_ranks
 from nanosophia.optimizer_state import flatten_state
 from nanosophia.optimizers import build, parameter_groups, with_own_defaults
 from nanosophia.options import Config, padded_vocab_size
+from nanosophia.precision import fastest_dtype
 from nanosophia.tokenizer import GPT2_CLASSES
 from nanosophia.update_rules import compiled_update, sliced_update
 from sophia import Sophia
@@ -108,9 +109,12 @@ def build_contenders(settings: OptimizerStepsSettings, model: GPT) -> dict[str, 
     tensors, rows = sophia(gamma_target=0.9), sophia(gamma_target=0.9)
     for group in rows.param_groups:
         group["gamma_rows"] = group["kind"] == "embedding"
+    dtype = settings.dtype if settings.dtype != "auto" else \
+        fastest_dtype(model.transformer.wte.weight.device, settings.n_embd)
+
     def named(name: str) -> torch.optim.Optimizer:
         """Returns an optimizer as train.py builds it."""
-        config = with_own_defaults(replace(settings, optimizer=name), {})
+        config = with_own_defaults(replace(settings, optimizer=name, dtype=dtype), {})
         return build(config, model, num_classes=GPT2_CLASSES).optimizer
 
     def whole(optimizer: torch.optim.Optimizer, **entries) -> Contender:

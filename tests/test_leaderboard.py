@@ -189,7 +189,8 @@ def test_a_leaderboard_runs_each_cell_once_and_its_table_is_made_again(
             f"--flags={flags}", f"--out_dir={tmp_path / 'out'}"]
     leaderboard.main(argv)
     printed = capsys.readouterr().out
-    # Tuned at T = 8 with seed 0, which is one of the cells; the baseline has one length more.
+    # Tuned at T = 8, the longest and the middle, with seed 0, which is one of the cells; the
+    # baseline has one length more.
     assert printed.count(": loss ") == 3 * 4 + 3 * (2 * 2 - 1) + 2
     assert printed.count("| adamw | lr ") == printed.count("| soap | lr ") == 2
     assert "- muon: " in printed and "after Holm's correction over 2 contenders" in printed

@@ -40,6 +40,7 @@ class AdamRelative(torch.optim.Optimizer):
         """Prepares what all of a group's parameters share in this step."""
 
     def _update(self, p: Tensor, g: Tensor, state: dict, group: dict) -> None:
+        """Updates one parameter and its state; each optimizer has its own."""
         raise NotImplementedError
 
 

@@ -35,7 +35,10 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """What the optimizers of this module share: they take matrices, gathered if they are shards."""
+    """What the optimizers of this module share: they take matrices, and each says where a step goes.
+
+    A gradient that is a shard reaches `_direction` as it is; the whole update is cut to the shard.
+    """
 
     def add_param_group(self, param_group: dict) -> None:
         """Adds a group as torch's optimizers do; raises ValueError on what is no hidden matrix."""
@@ -59,7 +62,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return loss
 
     def _direction(self, g: Tensor, state: dict, group: dict) -> Tensor | None:
-        """Returns what is subtracted, times lr, for a gradient (m, n); None: no change at all."""
+        """Returns what is subtracted, times lr, for a gradient (m, n); None: no change at all.
+
+        Each optimizer has its own.
+        """
         raise NotImplementedError
 
 

@@ -21,7 +21,7 @@ def test_a_wheel_holds_the_one_module_and_runs_the_readmes_snippet_elsewhere(tmp
         modules = [name for name in file.namelist() if name.endswith(".py")]
         metadata = file.read(next(n for n in file.namelist() if n.endswith("METADATA"))).decode()
     assert modules == ["sophia.py"]
-    assert re.findall(r"Requires-Dist: (.*)", metadata) == ["torch>=2.5"]
+    assert re.findall(r"Requires-Dist: (.*)", metadata) == ["torch>=2.11"]
     place = tmp_path / "installed"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps",
                     f"--target={place}", str(wheel)], check=True)

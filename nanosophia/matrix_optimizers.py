@@ -35,7 +35,7 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """What the optimizers of this module share: they take matrices, and each says where a step goes.
+    """What the optimizers of this module share: they take matrices; each says where a step goes.
 
     A gradient that is a shard reaches `_direction` as it is; the whole update is cut to the shard.
     """

@@ -27,7 +27,7 @@ from nanosophia.distributed import start_ranks
 from nanosophia.files import read_bytes
 from nanosophia.generate import lay_out_for_decoding, stream
 from nanosophia.precision import fastest_dtype
-from nanosophia.tokenizer import EOT, TextStream, get_tokenizer
+from nanosophia.tokenizer import EOT, TextStream, get_tokenizer, start_token
 from nanosophia.weights import Weights, foreign_weights, run_weights
 
 
@@ -104,13 +104,16 @@ def read_weights(settings: SampleSettings) -> Weights:
 
 
 def encode(tokenizer, prompt: str, num_classes: int) -> list[int]:
-    """Returns ids of a prompt, end-of-text for an empty one; raises ConfigError on unknown ids."""
+    """Returns ids of a prompt, of an empty one the id that texts begin after.
+
+    Raises ConfigError on ids that the model does not know.
+    """
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConfigError(f"the prompt is not valid UTF-8 at character {error.start}; give it as "
                           "UTF-8 text", "start") from None
-    ids = tokenizer.encode(prompt, allowed_special={EOT}) or [tokenizer.eot_token]
+    ids = tokenizer.encode(prompt, allowed_special={EOT}) or [start_token(tokenizer)]
     if max(ids) >= num_classes:
         raise ConfigError(f"the prompt has id {max(ids)}, the model knows {num_classes}; its "
                           "tokenizer is another one", "start")

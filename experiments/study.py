@@ -22,8 +22,9 @@ if __name__ == "__main__":
 
 import json
 import math
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments import judge, leaderboard
@@ -70,6 +71,13 @@ class Setting:
     seeds: int = 3
     budget: int = 8
     contenders: tuple[str, ...] = tuple(CONTENDERS)
+    rates: dict[str, str] = field(default_factory=dict)  # ladders of its own
+
+    def described(self, name: str) -> str:
+        """Returns the text of a contender, as experiments.leaderboard takes it."""
+        rates = self.rates.get(name)
+        return re.sub(r"(?<=learning_rate=)[^,]*", rates, CONTENDERS[name]) if rates \
+            else CONTENDERS[name]
 
 
 def _model(layers: int, width: int, context: int, rows: int, dataset: str) -> str:
@@ -81,13 +89,24 @@ def _model(layers: int, width: int, context: int, rows: int, dataset: str) -> st
 SETTINGS = {
     # 0.08M parameters in blocks, 20 bytes for each of them at the longest T
     "stdlib": Setting(_model(3, 48, 64, 32, "stdlib"), "200,400,800"),
-    "books_bytes": Setting(_model(4, 96, 128, 32, "books-bytes"), "200,400,800",
+    "books_bytes": Setting(_model(3, 48, 64, 32, "books-bytes"), "200,400,800",
                            contenders=HEADLINE),
-    "books_bytes_x4": Setting(_model(4, 96, 128, 128, "books-bytes"), "100,200,400",
+    # four times the batch, and as many steps: what is left of each advantage as the batch grows
+    "books_bytes_x4": Setting(_model(3, 48, 64, 128, "books-bytes"), "200,400,800",
                               contenders=HEADLINE),
-    "books_bpe": Setting(_model(4, 96, 128, 16, "books"), "200,400,800", contenders=HEADLINE),
-    "books_bytes_2m": Setting(_model(5, 192, 128, 32, "books-bytes"), "200,400,800", seeds=3,
-                              contenders=HEADLINE)}
+    # 0.44M and 2.2M parameters in blocks
+    "books_bytes_w96": Setting(_model(4, 96, 64, 32, "books-bytes"), "200,400,800",
+                               contenders=HEADLINE),
+    "books_bytes_w192": Setting(_model(5, 192, 64, 32, "books-bytes"), "200,400,800",
+                                contenders=HEADLINE),
+    "books_bpe": Setting(_model(3, 48, 64, 32, "books"), "200,400,800", contenders=HEADLINE),
+    # nanoGPT's example for a CPU: 4 x 4 x 128, context 64, batch 12, 2,000 steps
+    "shakespeare": Setting(
+        "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --total_batch_size=12 --batch_size=12 "
+        "--hessian_batch_size=12 --dataset=shakespeare_char --eval_windows=2000 --dtype=float32",
+        "1000,2000", longer="2", seeds=5, budget=6,
+        contenders=("AdamW", "controlled gamma", "Muon", "metric Muon"),
+        rates={"AdamW": "2e-3|4e-3|8e-3", "controlled gamma": "5e-3|1e-2|2e-2"})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +128,7 @@ class StudySettings(RunSettings):
 def board(settings: StudySettings) -> LeaderboardSettings:
     """Returns the leaderboard of a setting; its runs are in a folder of its name."""
     of = SETTINGS[settings.setting]
-    first, *others = (f"{name}: {CONTENDERS[name]}" for name in of.contenders)
+    first, *others = (f"{name}: {of.described(name)}" for name in of.contenders)
     return LeaderboardSettings(
         baseline=first, candidates="; ".join(others), max_iters=of.lengths, longer=of.longer,
         budget=of.budget, seeds=of.seeds, flags=f"{of.model} {settings.flags}".strip(),

@@ -3,7 +3,7 @@
 The .bin files are nanoGPT's format: the ids of one document after the other, each followed by
 end-of-text. meta.json describes them; files without it are no prepared folder. It is written last,
 so that a folder is finished all at once; a preparation that was killed, wherever that was,
-continues with the same command and ends with the same bytes.
+continues with the same command and ends with the same bytes. For nanoGPT, bytes get a meta.pkl too.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from nanosophia.characters import BYTES, CHARACTERS, EOT, write_characters
 from nanosophia.configurator import Settings, Stopped, option
 from nanosophia.documents import Column, CorpusError, Documents
 from nanosophia.encoding import cut_in_two, encode_documents
@@ -29,7 +30,6 @@ from nanosophia.files import create, fsync, open_file, reason, reopen, write_tex
 from nanosophia.folder_lock import FolderLock
 from nanosophia.schemas import META, PROGRESS, Meta, Progress, read
 from nanosophia.tokenizer import (
-    EOT,
     FILE_NAME,
     FileEncoding,
     fingerprint,
@@ -116,6 +116,8 @@ def write_corpus(documents: Documents, out_dir: Path, tokenizer: str, *, num_pro
     when another process prepares it.
     """
     encoding = get_tokenizer(tokenizer)
+    if encoding.eot_token is None:
+        raise CorpusError(f"tokenizer {tokenizer} has no {EOT} to end documents with; give another")
     if encoding.n_vocab > 1 << 16:
         raise CorpusError(f"tokenizer {tokenizer} has {encoding.n_vocab} classes, more than the "
                           "65536 of uint16 ids")
@@ -266,6 +268,9 @@ def _publish(out_dir: Path, meta: Meta) -> None:
         partial = out_dir / (name + PARTIAL)
         if partial.exists():
             os.replace(partial, out_dir / name)
+    (out_dir / CHARACTERS).unlink(missing_ok=True)
+    if meta["tokenizer"] == "bytes":
+        write_characters(out_dir / CHARACTERS, BYTES)
     fsync(out_dir)
     _write_json(out_dir / META, meta)
     (out_dir / PROGRESS).unlink(missing_ok=True)

@@ -18,17 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanosophia.characters import BYTES, CHARACTERS, read_characters
 from nanosophia.configurator import UserError
 from nanosophia.files import reason
 from nanosophia.schemas import META, PROGRESS, Meta, read
-from nanosophia.tokenizer import (
-    CHARACTERS,
-    GPT2_CLASSES,
-    fingerprint,
-    get_tokenizer,
-    read_characters,
-    resolve_tokenizer,
-)
+from nanosophia.tokenizer import GPT2_CLASSES, fingerprint, get_tokenizer, resolve_tokenizer
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 # Streams of random numbers that must not meet; part of the key of every generator.
@@ -137,9 +131,12 @@ def _describe(folder: Path, name: str, bare_tokens: str) -> tuple[dict, str]:
         raise DataError(f"{folder / 'train.bin'} not found; {_how_to_prepare(name)}")
     splits = {split: dict(file=f"{split}.bin") for split in ("train", "val")}
     if (folder / CHARACTERS).exists():
-        count = len(read_characters(folder / CHARACTERS))
-        return (dict(vocab_size=count + 1, tokenizer=CHARACTERS, splits=splits),
-                f"{folder} is nanoGPT's: its meta.pkl lists {count} characters")
+        characters = read_characters(folder / CHARACTERS)
+        if characters == BYTES:
+            return (dict(vocab_size=len(BYTES), tokenizer="bytes", splits=splits),
+                    f"{folder} has no meta.json: bytes, as its meta.pkl says")
+        return (dict(vocab_size=len(characters), tokenizer=CHARACTERS, splits=splits),
+                f"{folder} is nanoGPT's: its meta.pkl lists {len(characters)} characters")
     if bare_tokens != "gpt2":
         raise DataError(f"{path} not found, so nothing says what the ids in train.bin are; prepare "
                         "the folder again, or say --bare_tokens=gpt2 if GPT-2's tokenizer made "

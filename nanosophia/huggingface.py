@@ -1,6 +1,7 @@
-"""Command that exports a run to a folder that transformers loads, or imports GPT-2 into a run.
+"""Command that exports a run for transformers or nanoGPT, or imports GPT-2 into a run.
 
     python -m nanosophia.huggingface --out_dir=out/quickstart --export=out/quickstart-hf
+    python -m nanosophia.huggingface --out_dir=out/quickstart --export_nanogpt=out/nanogpt/ckpt.pt
     python -m nanosophia.huggingface --import_from=gpt2 --out_dir=out/gpt2
 
 The folder holds model.safetensors, config.json, the tokenizer and a model card; it loads with
@@ -28,9 +29,16 @@ from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.files import fsync, read_bytes, remove, write_text
 from nanosophia.metrics import read_records
+from nanosophia.nanogpt import write_checkpoint
 from nanosophia.options import Config
 from nanosophia.schemas import TransformersConfig, read
-from nanosophia.tokenizer import EOT, FILE_NAME, bytes_to_unicode, get_tokenizer
+from nanosophia.tokenizer import (
+    EOT,
+    FILE_NAME,
+    FileEncoding,
+    bytes_to_unicode,
+    get_tokenizer,
+)
 from nanosophia.transformers_models import (
     check_exportable,
     family_of,
@@ -47,16 +55,18 @@ class HuggingFaceSettings(Settings):
     """The settings of this command."""
 
     out_dir: str = option("out", "folder of the run that is exported, or made by an import")
-    export: str = option("", "folder to write")
+    export: str = option("", "folder to write for transformers")
+    export_nanogpt: str = option("", "ckpt.pt to write for nanoGPT's sample.py and train.py")
     checkpoint: Literal["newest", "best"] = option("newest", "which of the run's checkpoints")
     licence: str = option("other", "licence that the model card states")
     import_from: str = option("", "GPT-2 or GPT-NeoX folder of transformers, name on its hub, or "
                                   "nanoGPT's ckpt.pt")
 
     def check(self) -> None:
-        if bool(self.export) == bool(self.import_from):
-            raise ConfigError("give one of --export=FOLDER and --import_from=NAME_OR_FOLDER",
-                              "export", "import_from")
+        if sum(map(bool, (self.export, self.export_nanogpt, self.import_from))) != 1:
+            raise ConfigError("give one of --export=FOLDER, --export_nanogpt=FILE and "
+                              "--import_from=NAME_OR_FOLDER", "export", "export_nanogpt",
+                              "import_from")
         if not self.licence.isprintable():
             raise ConfigError(f"licence = {self.licence!r} is more than a line of text", "licence")
 
@@ -68,6 +78,9 @@ def main(argv: list[str]) -> None:
     if settings.export:
         folder = export(settings)
         print(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({folder!s})")
+    elif settings.export_nanogpt:
+        print(write_checkpoint(_weights_of(settings), Path(settings.export_nanogpt),
+                               _records(Path(settings.out_dir))))
     else:
         weights = import_weights(settings)
         print(f"wrote {settings.out_dir}; next:")
@@ -81,9 +94,7 @@ def export(settings: HuggingFaceSettings) -> Path:
 
     Replaces an earlier export alone: a README.md that was edited and files that were added stay.
     """
-    weights = run_weights(Path(settings.out_dir), settings.checkpoint)
-    if weights is None:
-        raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
+    weights = _weights_of(settings)
     check_exportable(weights.config, settings.out_dir)
     tokenizer = get_tokenizer(weights.tokenizer)
     folder = Path(os.path.realpath(settings.export))
@@ -109,6 +120,13 @@ def export(settings: HuggingFaceSettings) -> Path:
     if kept is not None:
         print(f"{folder / 'README.md'} was edited and is kept")
     return Path(settings.export)
+
+
+def _weights_of(settings: HuggingFaceSettings) -> Weights:
+    weights = run_weights(Path(settings.out_dir), settings.checkpoint)
+    if weights is None:
+        raise CheckpointError(f"{settings.out_dir} holds no checkpoint; give --out_dir=RUN")
+    return weights
 
 
 def _earlier_card(folder: Path) -> str | None:
@@ -172,14 +190,15 @@ def _finish_replacing(folder: Path) -> None:
 
 def _write_tokenizer(folder: Path, name: str, encoding, block_size: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json."""
-    if name.endswith(".json"):
+    if isinstance(encoding, FileEncoding):
         write_text(folder / FILE_NAME, encoding.json)
     else:
         _as_tokenizers(encoding, byte_pairs=name == "gpt2").save(
             str(folder / FILE_NAME))
+    end = {} if encoding.eot_token is None else dict(eos_token=EOT, bos_token=EOT)
     write_text(folder / "tokenizer_config.json", json.dumps(dict(
-        tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size, eos_token=EOT,
-        bos_token=EOT, clean_up_tokenization_spaces=False), indent=1) + "\n")
+        tokenizer_class="PreTrainedTokenizerFast", model_max_length=block_size, **end,
+        clean_up_tokenization_spaces=False), indent=1) + "\n")
 
 
 def _as_tokenizers(encoding, *, byte_pairs: bool):

@@ -12,6 +12,7 @@ from nanosophia.dataloader import Dataset
 from nanosophia.distributed import Ranks
 from nanosophia.generate import generate
 from nanosophia.options import Config
+from nanosophia.tokenizer import start_token
 
 
 def print_summary(config: Config, model: GPT, ranks: Ranks, data: Dataset, windows: int,
@@ -40,7 +41,7 @@ def print_summary(config: Config, model: GPT, ranks: Ranks, data: Dataset, windo
 def print_sample(config: Config, model: GPT, data: Dataset, device: torch.device) -> None:
     """Prints a short text of the model."""
     tokenizer = data.encoding()
-    start = torch.tensor([[tokenizer.eot_token]], device=device)
+    start = torch.tensor([[start_token(tokenizer)]], device=device)
     ids = generate(model, start, config.sample_tokens, temperature=0.8, top_k=200,
                    num_classes=data.vocab_size,
                    generator=torch.Generator(device).manual_seed(config.seed))

@@ -8,23 +8,19 @@ with the same methods through the `tokenizers` library (GPT-NeoX: EleutherAI/gpt
 
 import codecs
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nanosophia.configurator import UserError
+from nanosophia.characters import CHARACTERS, EOT, TokenizerError, read_characters
 from nanosophia.files import read_bytes
 
-EOT = "<|endoftext|>"
 NAMES = ("gpt2", "bytes")
 FILE_NAME = "tokenizer.json"  # of a copy beside the data
-CHARACTERS = "meta.pkl"  # nanoGPT's list of the characters that are the ids of its .bin files
 MOST_CLASSES = 1 << 20  # of a vocabulary
 GPT2_CLASSES = 50257  # of GPT-2's encoding, end-of-text included
 
@@ -38,15 +34,11 @@ _GPT2_FILES = {
 }
 
 
-class TokenizerError(UserError):
-    """The tokenizer is not available; the message says how to supply it."""
-
-
 def get_tokenizer(name: str):
     """Returns the encoding called `name`; `n_vocab` counts its classes, `eot_token` ends text.
 
-    Raises TokenizerError for an unknown name, or when its files are neither cached nor
-    downloadable.
+    The latter is None where a vocabulary has no end-of-text, as one of characters. Raises
+    TokenizerError for an unknown name, or when its files are neither cached nor downloadable.
     """
     if name == "bytes":
         return _bytes_encoding()
@@ -116,46 +108,12 @@ def resolve_tokenizer(folder: Path, name: str) -> str:
     return str(folder / name) if name in (FILE_NAME, CHARACTERS) else name
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, text and containers; refuses everything that would import or run code."""
-
-    def find_class(self, module: str, name: str) -> object:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, pid: object) -> object:
-        raise pickle.UnpicklingError("it refers to something outside")
-
-
-def read_characters(path: Path) -> list[str]:
-    """Returns the characters of nanoGPT's meta.pkl in the order of their ids.
-
-    Raises OSError where it cannot be read, TokenizerError where it holds anything else.
-    """
-    content = read_bytes(path)
-    try:
-        if len(content) > 1 << 24:
-            raise ValueError(f"it has {len(content)} bytes")
-        meta = _PlainUnpickler(io.BytesIO(content)).load()
-        ids = meta["stoi"]
-        characters = sorted(ids, key=ids.get)
-        if [ids[c] for c in characters] != list(range(len(ids))) or meta["vocab_size"] != len(ids) \
-                or not all(type(c) is str and len(c) == 1 for c in characters) or not characters \
-                or not all(type(i) is int for i in ids.values()):
-            raise ValueError("its stoi does not number single characters from 0 on")
-    except Exception as error:  # of damaged pickles any
-        raise TokenizerError(f"{path} is not a nanoGPT's list of characters: {error}; prepare the "
-                             "folder again") from None
-    return characters
-
-
-def _characters_json(characters: list[str]) -> str:
-    """Returns the tokenizer.json of an id per character, and end-of-text after them."""
+def _characters_json(characters: Sequence[str]) -> str:
+    """Returns the tokenizer.json of an id per character; there is no end-of-text."""
     return json.dumps(dict(
         version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None,
-        added_tokens=[dict(id=len(characters), content=EOT, single_word=False, lstrip=False,
-                           rstrip=False, normalized=False, special=True)],
-        pre_tokenizer=dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated",
-                           invert=False), decoder=dict(type="Fuse"),
+        added_tokens=[], decoder=dict(type="Fuse"), pre_tokenizer=dict(
+            type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False),
         model=dict(type="WordLevel", vocab={c: i for i, c in enumerate(characters)},
                    unk_token="<unknown>")))
 
@@ -199,11 +157,8 @@ class FileEncoding:
         if self.n_vocab > MOST_CLASSES:
             raise TokenizerError(f"tokenizer {name} has an id of {self.n_vocab - 1}, above "
                                  f"{MOST_CLASSES}; give another tokenizer.json")
-        eot = self._tokenizer.token_to_id(EOT)
-        if eot is None:
-            raise TokenizerError(f"tokenizer {name} has no {EOT} to end documents with")
-        self.eot_token = eot
-        if Path(name).name != CHARACTERS and eot in self.encode_ordinary(f"a{EOT}b"):
+        self.eot_token: int | None = self._tokenizer.token_to_id(EOT)
+        if self.eot_token is not None and self.eot_token in self.encode_ordinary(f"a{EOT}b"):
             raise TokenizerError(f"tokenizer {name} takes {EOT} in a text for the end of a "
                                  "document; mark it as special in its added_tokens")
 
@@ -224,7 +179,7 @@ class FileEncoding:
 
     def encode(self, text: str, *, allowed_special=frozenset()) -> list[int]:
         """Returns ids of the text, in which end-of-text is recognised when it is allowed."""
-        if EOT not in allowed_special:
+        if EOT not in allowed_special or self.eot_token is None:
             return self.encode_ordinary(text)
         first, *rest = text.split(EOT)
         ids = self.encode_ordinary(first)
@@ -245,8 +200,19 @@ def byte_lengths(encoding) -> list[int]:
         lengths = [len(t) if set(t) <= letters else len(t.encode()) for t in tokens]
     else:
         lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)]
-    lengths[encoding.eot_token] = 0
+    if encoding.eot_token is not None:
+        lengths[encoding.eot_token] = 0
     return lengths
+
+
+def start_token(encoding) -> int:
+    """Returns the id that a text begins after: end-of-text, or a line break where there is none."""
+    if encoding.eot_token is not None:
+        return encoding.eot_token
+    try:
+        return encoding.encode_ordinary("\n")[0]
+    except (TokenizerError, IndexError):  # of a vocabulary without one: any other does
+        return 0
 
 
 def bytes_to_unicode() -> dict[int, str]:

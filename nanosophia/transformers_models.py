@@ -155,7 +155,7 @@ def their_tensors(tensors: dict[str, Tensor], config: GPTConfig,
     return renamed
 
 
-def their_config(config: GPTConfig, num_classes: int, eot: int) -> dict:
+def their_config(config: GPTConfig, num_classes: int, eot: int | None) -> dict:
     """Returns config.json of the model."""
     activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     shared = dict(dtype="float32", vocab_size=num_classes, bos_token_id=eot, eos_token_id=eot,

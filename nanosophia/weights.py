@@ -124,8 +124,8 @@ def foreign_weights(source: str) -> Weights:
     transformers wrote, or a name on its hub.
 
     Nothing in the files is executed. nanoGPT's models are assumed to have the exact GELU (its code
-    since June 2023), the authors' the tanh one and the switch for inverse-layer scaling. Raises
-    CheckpointError on anything else.
+    since June 2023) unless the file says otherwise, the authors' the tanh one and the switch for
+    inverse-layer scaling. Raises CheckpointError on anything else.
     """
     path = Path(source)
     if checkpoint_folders(path):
@@ -158,7 +158,7 @@ def _nanogpt_weights(path: Path) -> Weights:
     sizes = {key: given[key] for key in NanoGPTArgs.__required_keys__}
     authors = "scale_attn_by_inverse_layer_idx" in given
     config = _model_config(str(path), sizes | dict(
-        activation="gelu_tanh" if authors else "gelu",
+        activation=_activation(content, authors),
         scale_attn_by_inverse_layer_idx=bool(
             authors and given["scale_attn_by_inverse_layer_idx"])))
     # The head is tied to wte; older files also hold the causal mask of each layer.
@@ -167,6 +167,13 @@ def _nanogpt_weights(path: Path) -> Weights:
             and not (name.endswith(".attn.bias") and isinstance(x, Tensor) and x.dim() == 4)}
     return Weights(str(path), kept, config, _gpt2_if_large(config.vocab_size),
                    min(GPT2_CLASSES, config.vocab_size), {})
+
+
+def _activation(content: dict, authors: bool) -> str:
+    """Returns which GELU a ckpt.pt was trained with: this project's exports say it."""
+    said = content.get("config")
+    said = said.get("activation") if isinstance(said, dict) else None
+    return said if said in ("gelu", "gelu_tanh") else "gelu_tanh" if authors else "gelu"
 
 
 def _transformers_weights(folder: Path) -> Weights:

@@ -1,5 +1,6 @@
 """Small data, small runs and ranks for the tests."""
 
+import importlib.util
 import json
 import os
 import random
@@ -221,6 +222,15 @@ def torchrun(ranks: int, script: str, *argv: str, timeout: int = 240):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                                "PYTHONPATH": str(ROOT)})
+
+
+def script(name: str):
+    """Returns the module data/<name>/prepare.py."""
+    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name /
+                                                  "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_train(*argv: str) -> None:

@@ -26,9 +26,9 @@ from nanosophia.documents import CorpusError, local_documents
 from nanosophia.metrics import Recorder, read_records
 from nanosophia.options import Config, GPTOptions
 from nanosophia.tokenizer import TokenizerError, get_tokenizer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, script
 from tests.test_bench import SMALL
-from tests.test_corpus import all_train, script, texts
+from tests.test_corpus import all_train, texts
 
 COMMANDS = {
     "train.py": ["config/quickstart.py"], "sample.py": [], "bench.py": [],
@@ -295,14 +295,12 @@ def test_rows_that_no_reader_can_take_are_named(tmp_path):
         type="Split", pattern=dict(Regex="(?<a"), behavior="Isolated", invert=False),
         model=dict(type="BPE", vocab={"a": 0}, merges=[]))).encode(), "could not be read"),
     (json.dumps(dict(version="1.0", model=dict(type="BPE", vocab={"a": 0, "b": 4_000_000_000},
-                                               merges=[]))).encode(), "has an id of 4000000000"),
-    (json.dumps(dict(version="1.0", model=dict(type="BPE", vocab={"a": 0}, merges=[]))).encode(),
-     "has no <|endoftext|>")])
+                                               merges=[]))).encode(), "has an id of 4000000000")])
 def test_a_tokenizer_file_that_is_none_is_refused(tmp_path, content, words):
     pytest.importorskip("tokenizers")
     path = tmp_path / "t.json"
     path.write_bytes(content)
-    with pytest.raises(TokenizerError, match=words.replace("|", r"\|")):
+    with pytest.raises(TokenizerError, match=words):
         get_tokenizer(str(path))
 
 

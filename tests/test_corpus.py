@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -21,16 +20,7 @@ from nanosophia.dataloader import DataError, open_dataset
 from nanosophia.documents import CorpusError, Documents, hub_documents, local_documents
 from nanosophia.folder_lock import LockError
 from nanosophia.tokenizer import EOT, TokenizerError, byte_lengths, fingerprint, get_tokenizer
-from tests.conftest import ROOT, CutOff, listed
-
-
-def script(name):
-    """The module data/<name>/prepare.py."""
-    spec = importlib.util.spec_from_file_location(f"prepare_{name}", ROOT / "data" / name /
-                                                  "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.conftest import ROOT, CutOff, listed, script
 
 
 def read_meta(folder):
@@ -53,6 +43,16 @@ def test_lengths_of_ids_add_up_to_the_texts_bytes(gpt2_cache, tokenizer_json):
         lengths = byte_lengths(encoding)
         assert sum(lengths[i] for i in encoding.encode_ordinary(text)) == len(text.encode()), name
         assert lengths[encoding.eot_token] == 0 and len(lengths) == encoding.n_vocab
+
+
+def test_documents_cannot_be_ended_without_an_end_of_text(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(dict(version="1.0", model=dict(
+        type="BPE", vocab={"a": 0, "b": 1}, merges=[]))))
+    assert get_tokenizer(str(path)).encode_ordinary("ab") == [0, 1]
+    with pytest.raises(CorpusError, match=r"has no <\|endoftext\|> to end documents with"):
+        write_corpus(listed([("train", "ab"), ("val", "ab")]), tmp_path / "out", str(path))
 
 
 def test_an_unknown_tokenizer_is_refused():
@@ -276,8 +276,8 @@ def test_files_hold_each_document_and_end_of_text_in_order(tmp_path, monkeypatch
         assert said["documents"] == sum(s == split for s, _ in documents)
         assert said["sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
     assert meta["tokenizer_sha256"] == fingerprint(get_tokenizer("bytes"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "meta.json", "train.bin",
-                                                         "val.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+            "lock", "meta.json", "meta.pkl", "train.bin", "val.bin"]
 
 
 def test_a_long_document_in_pieces_tokenises_as_a_whole(tmp_path, monkeypatch, gpt2_cache):

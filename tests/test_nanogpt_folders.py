@@ -1,15 +1,23 @@
-"""Folders that nanoGPT's shakespeare_char prepared: read with their characters, or refused."""
+"""nanoGPT's folders and checkpoints, read and written."""
 
+import hashlib
+import io
 import pickle
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
+import torch
 
 import sample
 import train
+from nanosophia import huggingface
+from nanosophia.corpus import write_corpus
 from nanosophia.dataloader import DataError, open_dataset
-from nanosophia.tokenizer import TextStream, TokenizerError, byte_lengths
-from tests.conftest import made_up_text, run_train
+from nanosophia.tokenizer import TextStream, TokenizerError, byte_lengths, start_token
+from nanosophia.weights import foreign_weights, run_weights
+from tests.conftest import listed, made_up_text, run_train, script
 
 TEXT = "First Citizen:\nBefore we proceed, hör mich!\n" + made_up_text(20_000, 3)
 
@@ -34,8 +42,10 @@ def write(folder, meta):
 @pytest.mark.parametrize("bare", ["none", "gpt2"])
 def test_its_characters_are_the_vocabulary(folder, bare):
     data = open_dataset(str(folder), 64, bare)
-    assert data.vocab_size == len(set(TEXT)) + 1 and "nanoGPT's" in data.note
+    assert data.vocab_size == len(set(TEXT)) and "nanoGPT's" in data.note
     encoding = data.encoding()
+    assert encoding.n_vocab == data.vocab_size and encoding.eot_token is None
+    assert encoding.decode([start_token(encoding)]) == "\n"
     ids = data.train[:100].astype(int).tolist()
     assert encoding.decode(ids) == TEXT[:100]
     assert encoding.encode_ordinary(TEXT[:100]) == ids
@@ -55,7 +65,16 @@ def test_a_run_trains_resumes_and_samples_its_characters(folder, tiny, tmp_path,
     capsys.readouterr()
     out = f"--out_dir={tmp_path / 'run'}"
     sample.main([out, "--start=First", "--num_samples=1", "--max_new_tokens=30", "--device=cpu"])
-    assert set(capsys.readouterr().out) <= set(TEXT) | set("-\n<|endoftext|>")
+    assert set(capsys.readouterr().out) <= set(TEXT) | set("-\n")
+    (tmp_path / "empty.txt").touch()
+    sample.main([out, f"--start=FILE:{tmp_path / 'empty.txt'}", "--num_samples=2",
+                 "--max_new_tokens=30", "--device=cpu"])
+    assert "endoftext" not in capsys.readouterr().out
+    transformers = pytest.importorskip("transformers")
+    huggingface.main([out, f"--export={tmp_path / 'hf'}"])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.decode(theirs(TEXT[:50])["input_ids"]) == TEXT[:50] and len(theirs) == len(
+        set(TEXT))
     assert "which the vocabulary lacks" in refused(
         sample.main, [out, "--start=日", "--num_samples=1", "--max_new_tokens=3", "--device=cpu"])
 
@@ -96,3 +115,104 @@ def test_ids_that_are_too_small_for_gpt2_are_not_taken_for_its_tokens(folder):
     (folder / "meta.pkl").unlink()
     with pytest.raises(DataError, match="no id above .* so GPT-2's tokenizer did not make it"):
         open_dataset(str(folder), 64, "gpt2")
+
+
+def test_bytes_are_spelled_for_nanogpt_and_other_tokens_are_not(tmp_path, gpt2_cache):
+    text = made_up_text(9000, 1) + "Grüße"
+    documents = listed([("train", text), ("val", text)])
+    write_corpus(documents, tmp_path, "bytes")
+    meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    ids = [meta["stoi"][c] for c in text if c.isascii()]
+    assert "".join(meta["itos"][i] for i in ids) == "".join(c for c in text if c.isascii())
+    assert meta["vocab_size"] == 257 and meta["itos"][256] == "<|endoftext|>"
+    (tmp_path / "meta.json").unlink()  # as on the way to nanoGPT and back
+    data = open_dataset(str(tmp_path), 64)
+    assert (data.tokenizer, data.vocab_size) == ("bytes", 257)
+    assert data.encoding().decode(data.train.tolist()) == text + "<|endoftext|>"
+    write_corpus(documents, tmp_path, "gpt2")
+    assert not (tmp_path / "meta.pkl").exists()
+
+
+def serve(monkeypatch, answer):
+    """Lets the script fetch an answer, or meet an error."""
+    def urlopen(address, timeout):
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+
+
+def test_shakespeare_is_prepared_as_nanogpt_does(tmp_path, monkeypatch, capsys, refused):
+    prepare = script("shakespeare_char")
+    content = TEXT.encode()
+    monkeypatch.setattr(prepare, "SHA256", hashlib.sha256(content).hexdigest())
+    serve(monkeypatch, content)
+    prepare.main([f"--out_dir={tmp_path / 'a'}"])
+    (tmp_path / "mine.txt").write_bytes(TEXT.replace("\n", "\r\n").encode())
+    prepare.main([f"--out_dir={tmp_path / 'b'}", f"--input={tmp_path / 'mine.txt'}"])
+    characters = sorted(set(TEXT))
+    cut = int(len(TEXT) * 0.9)
+    for name, part in (("train.bin", TEXT[:cut]), ("val.bin", TEXT[cut:])):
+        expected = np.array([characters.index(c) for c in part], dtype=np.uint16).tobytes()
+        assert (tmp_path / "a" / name).read_bytes() == expected
+        assert (tmp_path / "b" / name).read_bytes() == expected
+    meta = pickle.loads((tmp_path / "a" / "meta.pkl").read_bytes())
+    assert meta == dict(vocab_size=len(characters), itos=dict(enumerate(characters)),
+                        stoi={c: i for i, c in enumerate(characters)})
+    assert open_dataset(str(tmp_path / "a"), 64).vocab_size == len(characters)
+    capsys.readouterr()
+    serve(monkeypatch, content + b"x")
+    assert "gave another file than the published one" in refused(
+        prepare.main, [f"--out_dir={tmp_path / 'c'}"])
+    serve(monkeypatch, urllib.error.URLError("no network"))
+    assert "could not be fetched" in refused(prepare.main, [f"--out_dir={tmp_path / 'c'}"])
+    (tmp_path / "latin1.txt").write_bytes("Grüße".encode("latin-1"))
+    for name, words in (("latin1.txt", "is not UTF-8"), ("none.txt", "cannot be read")):
+        assert words in refused(prepare.main, [f"--input={tmp_path / name}"])
+    write_corpus(listed([("train", TEXT), ("val", TEXT)]), tmp_path / "d", "bytes")
+    assert "holds data of another preparation" in refused(
+        prepare.main, [f"--input={tmp_path / 'mine.txt'}", f"--out_dir={tmp_path / 'd'}"])
+
+
+@pytest.mark.parametrize("flags", [(), ("--bias", "--activation=gelu", "--dropout=0.1")])
+def test_a_run_becomes_a_checkpoint_of_nanogpt(tiny, tmp_path, capsys, refused, flags):
+    run_train(*tiny("--max_iters=4", "--eval_interval=2", *flags))
+    file = tmp_path / "ng" / "ckpt.pt"
+    command = [f"--out_dir={tmp_path / 'run'}", f"--export_nanogpt={file}"]
+    capsys.readouterr()
+    huggingface.main(command)
+    said = capsys.readouterr().out
+    assert ("tanh approximation" in said) is (not flags) and "meta.pkl" in said
+    content = torch.load(file, weights_only=True)
+    assert set(content) == {"model", "model_args", "optimizer", "iter_num", "best_val_loss",
+                            "config"}
+    assert content["iter_num"] == 4 and 0 < content["best_val_loss"] < 10
+    assert set(content["model_args"]) == {"n_layer", "n_head", "n_embd", "block_size", "bias",
+                                          "vocab_size", "dropout"}
+    run, back = run_weights(tmp_path / "run"), foreign_weights(str(file))
+    assert back.config.activation == run.config.activation and back.num_classes == 257
+    for name, x in run.tensors.items():
+        assert torch.equal(back.tensors[name], x[:257] if "wte" in name else x), name
+    # The optimizer that nanoGPT makes: matrices, then vectors, in the order of the module.
+    parameters = list(back.build().parameters())
+    groups = [[p for p in parameters if (p.dim() >= 2) is matrices] for matrices in (True, False)]
+    optimizer = torch.optim.AdamW([dict(params=g) for g in groups])
+    optimizer.load_state_dict(content["optimizer"])
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    sum(p.sum() for p in parameters).backward()
+    optimizer.step()
+    assert "exists; remove it" in refused(huggingface.main, command)
+
+
+def test_what_nanogpt_cannot_compute_is_not_exported(tiny, tmp_path, refused, capsys):
+    run_train(*tiny("--max_iters=2", "--scale_attn_by_inverse_layer_idx"))
+    capsys.readouterr()
+    command = [f"--out_dir={tmp_path / 'run'}", f"--export_nanogpt={tmp_path / 'ckpt.pt'}"]
+    line = refused(huggingface.main, command)
+    assert "scale_attn_by_inverse_layer_idx = True, which nanoGPT cannot compute" in line
+    assert "no name of a ckpt.pt" in refused(
+        huggingface.main, [command[0], f"--export_nanogpt={tmp_path / 'out'}"])
+    assert "give one of --export=FOLDER" in refused(
+        huggingface.main, [*command, f"--export={tmp_path / 'hf'}"])
+    assert not (tmp_path / "ckpt.pt").exists()

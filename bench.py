@@ -328,7 +328,7 @@ def peak_memory(device: torch.device) -> int:
 def attention_kernel(run: train.Run) -> str:
     """Returns the kernel that scaled_dot_product_attention takes for the run's shapes and dtype."""
     c = run.config
-    dtype = dict(bfloat16=torch.bfloat16, float64=torch.float64).get(c.dtype, torch.float32)
+    dtype = getattr(torch, c.dtype)
     q = torch.empty(c.batch_size, c.n_head, c.block_size, c.n_embd // c.n_head, dtype=dtype,
                     device=run.ranks.device, requires_grad=True)
     backend = SDPBackend(torch._fused_sdp_choice(q, q, q, None, c.dropout, True))

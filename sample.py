@@ -40,9 +40,9 @@ class SampleSettings(Settings):
     out_dir: str = option("out", "folder of the run")
     checkpoint: Literal["newest", "best"] = option("newest", "which of the run's checkpoints")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "precision of the model; auto = float32 for one text on a CPU, else bfloat16 on "
-                "CUDA and on CPUs that compute it")
+                "GPUs and CPUs that compute it, float16 on older GPUs")
 
     start: str = option("\n", "prompt; FILE:path reads it from a file, - from standard input; "
                               "<|endoftext|> is understood", section="text")

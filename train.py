@@ -66,12 +66,14 @@ from nanosophia.guard import (
     skip_if_nonfinite,
 )
 from nanosophia.hellaswag import during_training
+from nanosophia.loss_scale import LossScale
 from nanosophia.memory import largest_estimate_rows
 from nanosophia.metrics import Clock, Health, Recorder, measure
 from nanosophia.optimizer_state import Beginning, evaluation_weights, flatten_state
 from nanosophia.optimizers import build, settings_warnings
 from nanosophia.options import Config
 from nanosophia.packages import seed_draws
+from nanosophia.precision import autocast_dtype
 from nanosophia.resume import (
     check_settings,
     describe_config,
@@ -113,13 +115,13 @@ class Run:
     chunks: list[list[slice]]  # and of an estimate
     counters: StepCounters
     guard: Guard
+    loss_scale: LossScale
     sharded: bool  # parameters are split over ranks
 
     def autocast(self):
         """Returns the context of every forward pass."""
-        if self.config.dtype != "bfloat16":
-            return nullcontext()
-        return torch.autocast(self.ranks.device.type, torch.bfloat16)
+        dtype = autocast_dtype(self.config.dtype)
+        return torch.autocast(self.ranks.device.type, dtype) if dtype else nullcontext()
 
 
 def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | None = None,
@@ -140,7 +142,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
         for part in blocks if sharded else [model]:
             part.compile()
     wrapped = wrap(model, ranks, sharded=sharded, blocks=blocks,
-                   low_precision=config.dtype == "bfloat16")
+                   precision=autocast_dtype(config.dtype))
     optimizer, estimator, beginning = build(
         config, model, num_classes=data.vocab_size,
         all_reduce=sum_over_ranks if ranks.world_size > 1 else None,
@@ -165,7 +167,8 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
     return Run(config, ranks, model, wrapped, optimizer, beginning, estimator, estimates, batches,
                ranks.micro_batches(config.total_batch_size, config.batch_size), chunks,
                StepCounters(torch.zeros((), device=ranks.device)),
-               Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks), sharded)
+               Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks),
+               LossScale(ranks.device, dynamic=config.dtype == "float16"), sharded)
 
 
 def build_model(config: Config, ranks: Ranks, weights: Weights | None) -> GPT:
@@ -178,7 +181,7 @@ def build_model(config: Config, ranks: Ranks, weights: Weights | None) -> GPT:
         model.double()
     chunk, kind = config.loss_chunk, ranks.device.type
     if not chunk and kind == "cpu" and not config.compiles("compile", kind):
-        bytes_per_logit = 2 if config.dtype == "bfloat16" else 4
+        bytes_per_logit = 2 if autocast_dtype(config.dtype) else 4
         chunk = max(1, CPU_CHUNK_BYTES // (config.vocab_size * bytes_per_logit))
     if chunk:
         model.loss_fn = partial(chunked_cross_entropy, chunk=chunk)
@@ -195,6 +198,8 @@ def restore(run: Run, checkpoint: Checkpoint, *, weights_only: bool = False) -> 
     run.counters.clipped.fill_(counters["clipped"])
     if guard := checkpoint.state.get("guard"):
         run.guard.restore(guard)
+    if scale := checkpoint.state.get("loss_scale"):
+        run.loss_scale.restore(scale)
     return checkpoint.state["step"]
 
 
@@ -237,16 +242,18 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor]:
         with gradient_sync(run.wrapped, on=part is run.micro_batches[-1]):
             with run.autocast():
                 loss = run.wrapped(idx, targets) * weight
-            loss.backward()
+            run.loss_scale.scaled(loss).backward()
         mean_loss += loss.detach()
+    run.loss_scale.unscale_(p.grad for p in run.model.parameters())
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(run.model.parameters(),
                                                      config.grad_clip or math.inf))
     run.counters.steps += 1
     if config.grad_clip:
         run.counters.clipped += grad_norm > config.grad_clip
     seed_draws(keyed_seed(config.seed, "optimizer", step))
-    skip_if_nonfinite(run.guard.check_step(step, mean_loss, grad_norm), run.optimizer,
-                      run.optimizer.step)
+    refused = run.guard.check_step(step, mean_loss, grad_norm, run.loss_scale.may_fall())
+    skip_if_nonfinite(refused, run.optimizer, run.optimizer.step)
+    run.loss_scale.update(refused, grows=True)
     run.optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
 
@@ -272,9 +279,12 @@ def update_curvature(run: Run, step: int) -> None:
             return forward_fn(idx, *args, **kwargs)
 
     estimate = run.estimator.estimate(forward, idx, targets, run.chunks,
-                                      keyed_seed(config.seed, "hessian", step))
-    skip_if_nonfinite(run.guard.check_estimate(step, estimate), run.optimizer,
-                      lambda: run.optimizer.update_hessian(estimate))
+                                      keyed_seed(config.seed, "hessian", step),
+                                      run.loss_scale.of_sum(config.hessian_batch_size
+                                                            * config.block_size))
+    refused = run.guard.check_estimate(step, estimate, run.loss_scale.may_fall())
+    skip_if_nonfinite(refused, run.optimizer, lambda: run.optimizer.update_hessian(estimate))
+    run.loss_scale.update(refused, grows=False)
 
 
 def seed_dropout(config: Config, purpose: str, step: int, row: int) -> None:
@@ -334,8 +344,8 @@ def save(run: Run, data: Dataset, saver: Saver, done: int, val_loss: float | Non
         step=done, optimizer=rest, val_loss=val_loss, config=asdict(run.config),
         model=asdict(run.model.config),
         counters=dict(steps=run.counters.steps, clipped=run.counters.clipped.item()),
-        guard=run.guard.state(), data=data.fingerprint, tokenizer=data.tokenizer,
-        num_classes=data.vocab_size, world_size=run.ranks.world_size))
+        guard=run.guard.state(), loss_scale=run.loss_scale.state(), data=data.fingerprint,
+        tokenizer=data.tokenizer, num_classes=data.vocab_size, world_size=run.ranks.world_size))
 
 
 def train(config: Config, sources: dict[str, str] | None = None) -> None:

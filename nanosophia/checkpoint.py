@@ -350,7 +350,7 @@ def _unreadable(error: OSError, path: Path) -> CheckpointError:
 def run_state(*, step: int, config: dict, model: dict, tokenizer: str, num_classes: int,
               val_loss: float | None = None, counters: dict | None = None,
               guard: dict | None = None, data: dict | None = None, world_size: int = 1,
-              optimizer: dict | None = None) -> dict:
+              optimizer: dict | None = None, loss_scale: dict | None = None) -> dict:
     """Returns what state.json holds: all that a run needs beside its tensors to go on alike.
 
     `config` holds all settings and `model` those of the model; `data` is the data's fingerprint,
@@ -363,6 +363,7 @@ def run_state(*, step: int, config: dict, model: dict, tokenizer: str, num_class
         guard=guard or dict(in_a_row=[0, 0], refused=0), config=config, model=model,
         data=data or {}, tokenizer=tokenizer, num_classes=num_classes, world_size=world_size,
         **(dict(optimizer=optimizer) if optimizer else {}),
+        **(dict(loss_scale=loss_scale) if loss_scale else {}),
         versions=dict(python=platform.python_version(), torch=torch.__version__,
                       numpy=numpy.__version__))
 

@@ -192,12 +192,12 @@ def stop_ranks() -> None:
 
 
 def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
-         blocks: Sequence[nn.Module] = (), low_precision: bool = False) -> nn.Module:
+         blocks: Sequence[nn.Module] = (), precision: torch.dtype | None = None) -> nn.Module:
     """Returns the model whose backward averages gradients over ranks; of one rank the model.
 
     `sharded` splits parameters, gradients and with them the optimizer's state over the ranks
-    (FSDP2), in place: each of `blocks` is gathered when it runs, in bfloat16 with `low_precision`,
-    and its gradients are reduced in the parameters' own precision.
+    (FSDP2), in place: each of `blocks` is gathered when it runs, in `precision` if it is given,
+    and its gradients are reduced in the parameters' own.
     """
     if ranks.world_size == 1:
         return model.to(ranks.device)
@@ -206,8 +206,8 @@ def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         dtypes = {p.dtype for p in model.parameters()}
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=dtypes.pop()) \
-            if low_precision else MixedPrecisionPolicy()
+        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=dtypes.pop()) \
+            if precision else MixedPrecisionPolicy()
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -29,13 +29,15 @@ Chunks = list[list[slice]]
 class Estimator(NamedTuple):
     """Estimates the curvature of an optimizer's parameters at their current values.
 
-    `estimate(forward, inputs, targets, chunks, seed)` returns one tensor per parameter. `forward`
-    is called as the model is (`model.GPT.forward`); `inputs` and `targets` (rows, T) are this
-    rank's rows, and `chunks` their places in the step's batch: lists of micro-batches, in order
-    (`Ranks.chunks`), none where the rank has no rows. `seed` depends on the step alone.
+    `estimate(forward, inputs, targets, chunks, seed, scale)` returns one tensor per parameter.
+    `forward` is called as the model is (`model.GPT.forward`); `inputs` and `targets` (rows, T) are
+    this rank's rows, and `chunks` their places in the step's batch: lists of micro-batches, in
+    order (`Ranks.chunks`), none where the rank has no rows. `seed` depends on the step alone.
+    `scale`, None for 1, is a factor on the summed losses while they are differentiated (float16).
     """
 
-    estimate: Callable[[Callable[..., Tensor], Tensor, Tensor, Chunks, int], list[Tensor]]
+    estimate: Callable[[Callable[..., Tensor], Tensor, Tensor, Chunks, int, Tensor | None],
+                       list[Tensor]]
     second_derivatives: bool = False  # `forward` must not be compiled
 
 
@@ -45,7 +47,7 @@ def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
     """Returns the Gauss-Newton-Bartlett estimator (Algorithm 2)."""
     sample_labels_fn = partial(sample_labels_two_level, num_classes=num_classes)
 
-    def estimate(forward, inputs, targets, chunks, seed) -> list[Tensor]:
+    def estimate(forward, inputs, targets, chunks, seed, scale=None) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         uniforms = torch.rand(config.hessian_batch_size, targets.size(1), generator=generator)
         first, _ = row_range(chunks)
@@ -57,7 +59,7 @@ def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
             return forward(inputs[rows], uniforms[rows], sample_labels_fn=sample_labels_fn) * n, n
 
         return chunked_squares(_losses(sampled_loss, chunks), params, all_reduce=all_reduce,
-                               one_square=config.hessian_chunks == 1,
+                               one_square=config.hessian_chunks == 1, scale=scale,
                                sharded_gradient=sharded_gradient)
 
     return Estimator(estimate)
@@ -67,13 +69,13 @@ def empirical_fisher_estimator(config: Config, params: list[Tensor], num_classes
                                all_reduce: AllReduce = None,
                                sharded_gradient: ShardedGradient = None) -> Estimator:
     """Returns the estimator that squares the gradient on the true labels (E-F of Fig. 7)."""
-    def estimate(forward, inputs, targets, chunks, seed) -> list[Tensor]:
+    def estimate(forward, inputs, targets, chunks, seed, scale=None) -> list[Tensor]:
         def loss(rows: slice) -> tuple[Tensor, Tensor]:
             n = (targets[rows] != -100).sum()
             return forward(inputs[rows], targets[rows]) * n, n
 
         return chunked_squares(_losses(loss, chunks), params, all_reduce=all_reduce,
-                               one_square=config.hessian_chunks == 1,
+                               one_square=config.hessian_chunks == 1, scale=scale,
                                sharded_gradient=sharded_gradient)
 
     return Estimator(estimate)
@@ -83,14 +85,17 @@ def hutchinson_estimator(config: Config, params: list[Tensor], num_classes: int,
                          all_reduce: AllReduce = None,
                          sharded_gradient: ShardedGradient = None) -> Estimator:
     """Returns Hutchinson's estimator (Algorithm 1) on the mean loss; all ranks share one probe."""
-    def estimate(forward, inputs, targets, chunks, seed) -> list[Tensor]:
+    def estimate(forward, inputs, targets, chunks, seed, scale=None) -> list[Tensor]:
         def summed_loss(rows: slice) -> Tensor:
             logits = forward(inputs[rows]).flatten(0, 1)  # (n, V)
-            return F.cross_entropy(logits, targets[rows].flatten(), reduction="sum")
+            loss = F.cross_entropy(logits, targets[rows].flatten(), reduction="sum")
+            return loss if scale is None else loss * scale
 
         with TwiceDifferentiableAttention():
             hhat = hutchinson(chain(*_losses(summed_loss, chunks)), params,
                               generator=torch.Generator(params[0].device).manual_seed(seed))
+        if scale is not None:
+            torch._foreach_div_(hhat, scale)
         count = (targets != -100).sum()
         if all_reduce is not None:
             all_reduce([*hhat, count])
@@ -113,19 +118,33 @@ def _losses(loss: Callable[[slice], object], chunks: Chunks) -> list[list[Callab
             for chunk in chunks]
 
 
+def _scaled(loss: Callable, scale: Tensor) -> Callable:
+    """Returns a function that computes the loss times `scale`, and the number of its labels."""
+    def scaled_loss() -> tuple[Tensor, Tensor]:
+        value, n = loss()
+        return value * scale, n
+
+    return scaled_loss
+
+
 def chunked_squares(chunks: Iterable[Losses], params: Sequence[Tensor], *, one_square: bool = False,
-                    all_reduce: AllReduce = None,
+                    all_reduce: AllReduce = None, scale: Tensor | None = None,
                     sharded_gradient: ShardedGradient = None) -> list[Tensor]:
     """Returns sum_c S_c * S_c / n for the gradient S_c of chunk c's summed losses, n all labels.
 
     The expectation is `gauss_newton_bartlett`'s; with C chunks its relative deviation is sqrt(2/C)
     instead of sqrt(2). With `one_square` the single chunks of all ranks are squared together, the
     paper's way; otherwise each rank's chunks are squared on their own. A rank may have no rows.
+    Losses are multiplied by `scale`, and gradients divided by it before they are squared.
     """
     squares, count = None, torch.zeros((), dtype=torch.int64, device=params[0].device)
     for losses in list(chunks) or [[]]:
+        if scale is not None:
+            losses = [_scaled(loss, scale) for loss in losses]
         S, n = (sharded_gradient or summed_gradient)(losses, params) if losses else (
             [torch.zeros_like(p) for p in params], torch.zeros_like(count))
+        if scale is not None:
+            torch._foreach_div_(S, scale)
         if all_reduce is not None and one_square and sharded_gradient is None:
             all_reduce([*S, n])
         torch._foreach_mul_(S, S)

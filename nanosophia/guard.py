@@ -34,22 +34,30 @@ class Guard:
         # number of bad ranks, sum of their numbers.
         self.report = torch.zeros(6, dtype=torch.int64, device=ranks.device)
 
-    def check_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Returns 1.0 where the step must change nothing, else 0.0."""
-        return self._check(step, torch.stack([loss.detach(), grad_norm]), self.in_a_row[0], 0)
+    def check_step(self, step: int, loss: Tensor, grad_norm: Tensor, may_fall: Tensor) -> Tensor:
+        """Returns 1.0 where the step must change nothing, else 0.0.
 
-    def check_estimate(self, step: int, estimate: list[Tensor]) -> Tensor:
-        """Returns 1.0 where the estimate must change nothing, else 0.0."""
+        Where the loss scale `may_fall` (bool), a norm that is not finite is taken for an overflow,
+        which ends no run.
+        """
+        return self._check(step, torch.stack([loss.detach(), grad_norm]), self.in_a_row[0], 0,
+                           torch.stack([torch.zeros_like(may_fall), may_fall]))
+
+    def check_estimate(self, step: int, estimate: list[Tensor], may_fall: Tensor) -> Tensor:
+        """Returns 1.0 where the estimate must change nothing, else 0.0; `may_fall` as there."""
         norms = torch.stack(torch._foreach_norm([to_local(x) for x in estimate]))
-        return self._check(step, norms.sum().unsqueeze(0), self.in_a_row[1], 2)
+        return self._check(step, norms.sum().unsqueeze(0), self.in_a_row[1], 2,
+                           may_fall.unsqueeze(0))
 
-    def _check(self, step: int, values: Tensor, in_a_row: Tensor, first_kind: int) -> Tensor:
+    def _check(self, step: int, values: Tensor, in_a_row: Tensor, first_kind: int,
+               forgiven: Tensor) -> Tensor:
         bad_here = (~torch.isfinite(values)).long()
         counts_and_ranks = torch.stack([bad_here, bad_here * self.ranks.rank])
         if self.ranks.world_size > 1:
             sum_over_ranks([counts_and_ranks])
         bad = counts_and_ranks[0].any().long()
-        in_a_row.mul_(bad).add_(bad)
+        counted = (counts_and_ranks[0].bool() & ~forgiven).any().long()
+        in_a_row.mul_(counted).add_(counted)
         self.report[0] += bad
         kind = counts_and_ranks[0].ne(0).int().argmax()
         end = torch.stack([torch.ones_like(bad), torch.full_like(bad, step), kind + first_kind,

@@ -72,6 +72,8 @@ def measure(run, step: int, lr: float, loss: Tensor, grad_norm: Tensor, clock: C
         sum_over_ranks([loss])
     measured = {"train/loss": loss / world_size, "grad_norm": grad_norm,
                 "norm_clip_rate": run.counters.clipped / run.counters.steps}
+    if run.loss_scale.dynamic:
+        measured["loss_scale"] = run.loss_scale.value
     if hasattr(run.optimizer, "statistics"):
         measured |= {key: full_tensor(x) for key, x in run.optimizer.statistics().items()}
     values = torch.cat([torch.stack([value.double() for value in measured.values()]),

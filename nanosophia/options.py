@@ -172,9 +172,10 @@ class Config(Settings, GPTOptions):
     min_lr_ratio: float = option(0.05, "final learning rate over the peak", low=0, high=1)
 
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
-        "auto", "auto = bfloat16 autocast on CUDA and, for widths of 128 and more, on CPUs that "
-                "compute it, else float32; float64 = everything, for exactness checks")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
+        "auto", "autocast; auto = bfloat16 on GPUs and, for widths of 128 and more, on CPUs that "
+                "compute it, float16 on older GPUs, else float32; float64 = everything, for "
+                "exactness checks")
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "with several ranks: each holds the whole model, or a share of it (FSDP2; for "
                "models that one device cannot hold)")

@@ -10,17 +10,30 @@ WORTHWHILE = 1.2  # times float32's rate
 NARROW = 128  # below this width casting to bfloat16 takes longer than its products save
 
 
+def autocast_dtype(name: str) -> torch.dtype | None:
+    """Returns the precision of autocast under a setting `dtype`, None where it is off."""
+    return dict(bfloat16=torch.bfloat16, float16=torch.float16).get(name)
+
+
 def fastest_dtype(device: torch.device, width: int) -> str:
-    """Returns the precision in which a model of a width runs fastest: bfloat16 on CUDA and on CPUs
-    that compute it, float32 elsewhere and for narrow models on a CPU.
+    """Returns the precision in which a model of a width runs fastest: bfloat16 on GPUs and CPUs
+    that compute it, float16 on older GPUs, float32 elsewhere and for narrow models on a CPU.
 
     What torch says of a CPU is confirmed by `bfloat16_speed`.
     """
     if device.type == "cuda":
-        return "bfloat16"
+        return "float16" if emulates_bfloat16(device) else "bfloat16"
     computes = device.type == "cpu" and width >= NARROW and computes_bfloat16() \
         and bfloat16_speed() >= WORTHWHILE
     return "bfloat16" if computes else "float32"
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Returns whether a CUDA device is of a generation before Ampere (compute capability 8.0).
+
+    torch.cuda.is_bf16_supported() says yes there too, and such a card takes many times as long.
+    """
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def computes_bfloat16() -> bool:

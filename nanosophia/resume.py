@@ -37,7 +37,12 @@ from nanosophia.dry_run import choose_batch_size
 from nanosophia.files import reason, write_text
 from nanosophia.optimizers import check, require_effect, spec, with_own_defaults
 from nanosophia.options import MODEL_KEYS, USAGE, Config, padded_vocab_size
-from nanosophia.precision import bfloat16_speed, computes_bfloat16, fastest_dtype
+from nanosophia.precision import (
+    bfloat16_speed,
+    computes_bfloat16,
+    emulates_bfloat16,
+    fastest_dtype,
+)
 from nanosophia.schemas import RunConfig, read
 from nanosophia.tokenizer import TokenizerError, get_tokenizer
 from nanosophia.weights import Weights, foreign_weights, saved_model_config
@@ -295,8 +300,9 @@ def resolve_config(config: Config, sources: dict[str, str], checkpoint: Checkpoi
         saved_dtype = saved.get("dtype") if ranks.device.type == "cpu" else None
         values["dtype"] = on_main(ranks, lambda: _choose_dtype(
             ranks.device, saved_dtype, values.get("n_embd", config.n_embd)))
-    if ranks.device.type == "cpu" and values.get("dtype", config.dtype) == "bfloat16":
-        notes.append(on_main(ranks, _bfloat16_note))
+    if values.get("dtype", config.dtype) == "bfloat16" and (
+            note := on_main(ranks, lambda: _bfloat16_note(ranks.device))):
+        notes.append(note)
     if checkpoint:
         now = dict(dtype=values.get("dtype", config.dtype), world_size=ranks.world_size)
         before = dict(dtype=saved.get("dtype", now["dtype"]),
@@ -320,7 +326,12 @@ def _choose_dtype(device: torch.device, saved: str | None, width: int) -> str:
     return fastest_dtype(device, width)
 
 
-def _bfloat16_note() -> str:
+def _bfloat16_note(device: torch.device) -> str:
+    """Returns what is known of bfloat16's speed on the device, nothing where it is the best."""
+    if device.type == "cuda" and emulates_bfloat16(device):
+        return f"{torch.cuda.get_device_name(device)} emulates bfloat16; --dtype=float16 is faster"
+    if device.type != "cpu":
+        return ""
     speed, emulated = bfloat16_speed(), not computes_bfloat16()
     return (f"this CPU multiplies {speed:.1f} times as fast in bfloat16 as in float32"
             + (", which it emulates; --dtype=float32 is faster" if emulated and speed < 1 else

@@ -47,6 +47,13 @@ class GuardCounts(TypedDict):
     refused: Count
 
 
+class LossScaleState(TypedDict):
+    """float16's factor on the loss, and the good steps since it changed."""
+
+    value: Annotated[float, Field(ge=1, le=2**24)]
+    good: Count
+
+
 class OptimizerRest(TypedDict):
     """What of an optimizer's state are no tensors (`optimizer_state.flatten_state`)."""
 
@@ -65,6 +72,7 @@ class State(TypedDict):
     val_loss: NotRequired[float | None]
     tally: Counters
     guard: NotRequired[GuardCounts]
+    loss_scale: NotRequired[LossScaleState]
     config: dict[str, Value]
     model: NotRequired[dict[str, Value]]
     data: dict[str, str]

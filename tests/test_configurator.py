@@ -47,7 +47,7 @@ def test_values_may_hold_equals_signs_and_whole_floats_are_integers():
     ("--learning_rate=0", "learning_rate = 0.0 must be above 0"),
     ("--bias=yes", "bias = 'yes' is not True or False"),
     ("--optimizer=adanw", "did you mean adamw?"),
-    ("--dtype=float16", "is none of auto, float32"),
+    ("--dtype=float8", "is none of auto, float32"),
     ("--n_head=7", "n_embd = 768 does not divide into n_head = 7"),
     ("--hessian_batch_size=481", "is more than total_batch_size"),
     ("--hessian_chunks=7", "does not divide into hessian_chunks = 7"),

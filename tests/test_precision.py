@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from nanosophia import precision
+from nanosophia import precision, resume
 from nanosophia.checkpoint import load_latest
 from tests.conftest import run_train
 
@@ -43,7 +43,18 @@ def test_auto_takes_bfloat16_where_the_cpu_computes_it_and_is_faster(machine, co
     assert precision.fastest_dtype(CPU, 128) == expected
     assert precision.fastest_dtype(CPU, 8) == "float32"
     assert precision.fastest_dtype(torch.device("mps"), 128) == "float32"
-    assert precision.fastest_dtype(torch.device("cuda"), 64) == "bfloat16"
+
+
+@pytest.mark.parametrize("capability, expected", [
+    ((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float16"), ((6, 1), "float16")])
+def test_auto_takes_float16_on_gpus_before_ampere(monkeypatch, capability, expected):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla T4")
+    cuda = torch.device("cuda", 0)
+    assert precision.fastest_dtype(cuda, 64) == expected
+    note = resume._bfloat16_note(cuda)
+    assert note == ("Tesla T4 emulates bfloat16; --dtype=float16 is faster"
+                    if expected == "float16" else "")
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/cpuinfo")

@@ -87,6 +87,7 @@ class Sophia(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     nonfinite_estimates: int | Tensor = 0
     rule = staticmethod(sophia_update)
+    update_reads_skip = False  # of a subclass whose own _update does nothing where `skip` is not 0
 
     def __init__(self, params, lr: float = 4e-4, betas: tuple[float, float] = (0.96, 0.99),
                  gamma: float = 0.05, eps: float = 1e-12, weight_decay: float = 0.2, **kwargs):
@@ -173,7 +174,7 @@ class Sophia(torch.optim.Optimizer):
         where updates read it on the device."""
         if (flag := self.found_inf if bad is None else bad) is None:
             return None
-        if type(self)._update is Sophia._update and (
+        if (type(self)._update is Sophia._update or self.update_reads_skip) and (
                 flag.is_cuda or getattr(self.rule, "skips_on_device", False)):
             return flag
         return bool(flag) or None  # host sync

@@ -31,6 +31,7 @@ class ControlledSophia(Sophia):
     1.0 between an estimate and the step that sets gamma.
     """
 
+    update_reads_skip = True  # except in the step after an estimate (_skip_flag)
     _new_estimate = False  # since the last step
 
     def __init__(self, params, *args, gamma_target: float = 0.0, gamma_rows: bool = False,
@@ -76,7 +77,7 @@ class ControlledSophia(Sophia):
         # After an estimate the host must know: gamma and the number of estimates change there too.
         flag = super()._skip_flag(bad)
         if isinstance(flag, Tensor) and self._new_estimate:
-            return bool(flag) or None  # host sync
+            return bool(flag) or flag  # host sync
         return flag
 
     def _update(self, p: Tensor, state: dict, group: dict, skip: Tensor | None) -> None:

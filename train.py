@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +58,7 @@ from nanosophia.distributed import (
 )
 from nanosophia.estimators import Estimator, row_range
 from nanosophia.evaluation import describe_loss, evaluate, evaluate_split
+from nanosophia.fitting import OutOfMemory, fits
 from nanosophia.folder_lock import FolderLock, LockError
 from nanosophia.guard import (
     Guard,
@@ -75,6 +76,7 @@ from nanosophia.options import Config
 from nanosophia.packages import seed_draws
 from nanosophia.precision import autocast_dtype
 from nanosophia.resume import (
+    Start,
     check_settings,
     describe_config,
     load_config,
@@ -169,6 +171,36 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
                StepCounters(torch.zeros((), device=ranks.device)),
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks),
                LossScale(ranks.device, dynamic=config.dtype == "float16"), sharded)
+
+
+def build_run_that_fits(start: Start, ranks: Ranks, fresh_from: int = 0) -> tuple[Run, list[str]]:
+    """Builds the run that a command starts; returns notes as well.
+
+    A micro-batch that was chosen by a GPU's free memory is tried, and halved once where it does not
+    fit. Not where parameters are sharded: a rank that ran out would leave the others waiting.
+    """
+    run = build_run(start.config, ranks, start.data, start.weights, fresh_from)
+    if not start.chose_batch_size or run.sharded or start.config.batch_size == 1:
+        return run, []
+    reserved = dry_run.bytes_beside_training(start.config, ranks.world_size)
+    fitted = fits(partial(differentiate_largest_micro_batch, run), reserved, ranks)
+    run.model.zero_grad(set_to_none=True)
+    if fitted:
+        return run, []
+    smaller = replace(start.config, batch_size=start.config.batch_size // 2)
+    del run
+    torch.cuda.empty_cache()
+    return build_run(smaller, ranks, start.data, start.weights, fresh_from), [
+        f"micro-batches of {start.config.batch_size} ran out of memory, so batch_size = "
+        f"{smaller.batch_size}"]
+
+
+def differentiate_largest_micro_batch(run: Run) -> None:
+    """Makes the passes of a training step on as many rows as the largest micro-batch has."""
+    rows = max((part.stop - part.start for part in run.micro_batches), default=0)
+    ids = torch.zeros(rows, run.config.block_size, dtype=torch.int64, device=run.ranks.device)
+    with gradient_sync(run.wrapped, on=False), run.autocast():
+        run.wrapped(ids, ids).backward()
 
 
 def build_model(config: Config, ranks: Ranks, weights: Weights | None) -> GPT:
@@ -359,16 +391,16 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
         if out_dir.is_dir() and not config.eval_only:
             on_main(ranks, lock.take, LockError)
         start = resolve(config, sources, ranks)
-        config, data = start.config, start.data
         step = start.checkpoint.state["step"] if start.resets_optimizer else 0
-        run = build_run(config, ranks, data, start.weights, fresh_from=step)
+        run, notes = build_run_that_fits(start, ranks, fresh_from=step)
+        config, data = run.config, start.data
         first_step = restore(run, start.checkpoint, weights_only=start.resets_optimizer
                              or config.eval_only) if start.checkpoint else 0
         if not config.eval_only and first_step < config.max_iters:
             on_main(ranks, lock.take, LockError)
         if ranks.is_main:
             print_summary(config, run.model, ranks, data, run.batches.batches.windows,
-                          [*start.notes, *settings_warnings(config)])
+                          [*start.notes, *notes, *settings_warnings(config)])
         if config.eval_only:
             loss = evaluate_split(run.model, data, ranks, config.block_size, config.batch_size,
                                   run.autocast)
@@ -379,7 +411,10 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
                 print(f"{start.checkpoint.folder} is already at max_iters = {config.max_iters}: "
                       "nothing to train; raise --max_iters to go on")
         else:
-            run_loop(run, data, out_dir, first_step)
+            try:
+                run_loop(run, data, out_dir, first_step)
+            except torch.OutOfMemoryError:
+                raise OutOfMemory(config, ranks) from None
 
 
 def run_loop(run: Run, data: Dataset, out_dir: Path, first_step: int) -> None:

@@ -165,10 +165,22 @@ def picture(runs: list[Path], labels: list[str], panels: list[str], *, x: str = 
         if panel == "loss" and top:
             axes.set_ylim(top=top)
     rows[-1, 0].set_xlabel(X_LABELS[x])
-    if rows[0, 0].get_legend_handles_labels()[0]:
-        rows[0, 0].legend(frameon=False)
+    handles = rows[0, 0].get_legend_handles_labels()[0]
+    if handles:
+        if panels[0] == "loss":
+            handles += _kinds_of_lines(runs)
+        rows[0, 0].legend(handles=handles, frameon=False)
     rows[0, 0].set_title(title, loc="left", fontsize="medium")
     return figure
+
+
+def _kinds_of_lines(runs: list[Path]) -> list:
+    """Returns grey lines for the legend, which say how losses are drawn, of kinds recorded here."""
+    from matplotlib.lines import Line2D
+    recorded = {key for run in runs for record in read_metrics(run) for key in record}
+    names = {"val/loss": "validation", "train/loss": "training"}
+    return [Line2D([], [], color="#777777", label=names[key], **style)
+            for key, style in reversed(PANELS["loss"][1]) if key in recorded]
 
 
 def _draw_panel(axes, panel: str, runs: list[Path], labels: list[str], x: str) -> None:
@@ -191,8 +203,11 @@ def _draw_panel(axes, panel: str, runs: list[Path], labels: list[str], x: str) -
     axes.set_ylabel(ylabel)
     if panel in ("unclipped", "clip"):
         axes.set_ylim(-0.02, 1.02)
-    if panel == "unclipped":
-        axes.axhspan(0.1, 0.5, color="#eeeeee", zorder=0)  # the paper's range
+    # The paper's advice for one gamma; a controlled one is held at gamma_target.
+    if panel == "unclipped" and not all(read_config(run).get("gamma_target") for run in runs):
+        axes.axhspan(0.1, 0.5, color="#eeeeee", zorder=0)
+        axes.text(0.99, 0.11, "the paper's range, 10-50 %", transform=axes.get_yaxis_transform(),
+                  ha="right", va="bottom", fontsize="small", color="#777777")
     clear_frame(axes)
 
 

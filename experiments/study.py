@@ -59,6 +59,7 @@ CONTENDERS = {
                      "beta2=0.95|0.99"}
 HEADLINE = ("AdamW", "Sophia-G", "controlled gamma", "Muon", "metric Muon", "metric Muon (GNB)",
             "SOAP")
+FOUR = ("AdamW", "controlled gamma", "Muon", "metric Muon")
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,16 @@ SETTINGS = {
                               contenders=HEADLINE),
     # 0.44M and 2.2M parameters in blocks
     "books_bytes_w96": Setting(_model(4, 96, 64, 32, "books-bytes"), "200,400,800",
-                               contenders=HEADLINE),
+                               longer="3", contenders=FOUR),
     "books_bytes_w192": Setting(_model(5, 192, 64, 32, "books-bytes"), "200,400,800",
-                                contenders=HEADLINE),
+                                longer="3", contenders=FOUR),
     "books_bpe": Setting(_model(3, 48, 64, 32, "books"), "200,400,800", contenders=HEADLINE),
     # nanoGPT's example for a CPU: 4 x 4 x 128, context 64, batch 12, 2,000 steps
     "shakespeare": Setting(
         "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --total_batch_size=12 --batch_size=12 "
         "--hessian_batch_size=12 --dataset=shakespeare_char --eval_windows=2000 --dtype=float32",
         "1000,2000", longer="2", seeds=5, budget=6,
-        contenders=("AdamW", "controlled gamma", "Muon", "metric Muon"),
+        contenders=FOUR,
         rates={"AdamW": "2e-3|4e-3|8e-3", "controlled gamma": "5e-3|1e-2|2e-2"})}
 
 

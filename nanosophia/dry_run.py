@@ -197,6 +197,35 @@ def memory(plan: Plan, gpus: int) -> Memory:
     return Memory(4 * N // shards + copies, plan.state_bytes // shards, training, estimate)
 
 
+def bytes_beside_training(config: Config, gpus: int) -> int:
+    """Returns what a rank needs beside parameters, gradients and the passes of a training step: the
+    optimizer's state, and what an estimate takes more."""
+    counted = plan(config)
+    found = memory(counted, gpus)
+    return found.state + max(0, found.estimate - found.training)
+
+
+# What to try in turn where memory is short: the first costs nothing but shorter micro-batches, the
+# last computes every block twice.
+REMEDIES = (dict(), dict(loss_chunk=1024), dict(activation_checkpointing=True),
+            dict(loss_chunk=1024, activation_checkpointing=True))
+
+
+def remedy(plan: Plan, gpus: int) -> str:
+    """Returns flags that bring the peak below dry_run_memory, or that none do; "" where it is."""
+    c, room = plan.config, MOST * plan.config.dry_run_memory * GIB
+    if memory(fitted(plan, gpus), gpus).peak <= room:
+        return ""
+    for change in REMEDIES:
+        smaller = fitted(plan._replace(config=replace(c, batch_size=0, **change)), gpus, room)
+        if memory(smaller, gpus).peak <= room:
+            flags = [f"--batch_size={smaller.config.batch_size}"]
+            flags += ["--loss_chunk=1024"] * ("loss_chunk" in change)
+            return " ".join(flags + ["--activation_checkpointing"] * (
+                "activation_checkpointing" in change))
+    return "not even --loss_chunk and --activation_checkpointing do; --parallel=fsdp may on more"
+
+
 def days(plan: Plan, gpus: int) -> float:
     """Returns the days of training at `dry_run_mfu` of the peak of a `dry_run_gpu`.
 
@@ -253,6 +282,10 @@ def report(config: Config) -> str:
         lines.append(f"{gpus:>5} {rows:>8} {m.parameters / GIB:7.3g} {m.state / GIB:7.3g} "
                      f"{m.training / GIB:9.3g} {m.estimate / GIB:9.3g} {m.peak / GIB:7.3g} "
                      f"{days(p, gpus):9.3g}")
+    for gpus in GPUS:
+        if not refusal(c, gpus) and (flags := remedy(p, gpus)):
+            lines += ["", f"{gpus} x {c.dry_run_memory:g} GiB are too few; what fits: {flags}"]
+            break
     uneven = [str(gpus) for gpus in GPUS if c.total_batch_size % gpus and not refusal(c, gpus)]
     if uneven:
         near = [g for g in range(1, GPUS[-1] + 1) if c.total_batch_size % g == 0][-6:]

@@ -73,6 +73,7 @@ class Start:
     checkpoint: Checkpoint | None  # checkpoint to resume
     resets_optimizer: bool  # of it, the parameters and the step alone
     notes: list[str]  # notes to print
+    chose_batch_size: bool  # by the free memory of a GPU
 
 
 def load_config(argv: list[str]) -> tuple[Config, dict[str, str]]:
@@ -193,6 +194,7 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         require_tokenizer(weights.tokenizer, data, config.init_from)
     config = resolve_vocab_size(config, sources, data)
     _require_memory(config)
+    chosen = not config.batch_size and ranks.device.type == "cuda"
     config, more = choose_batch_size(config, ranks)
     notes += more
     if config.sample_tokens and not config.eval_only:
@@ -201,7 +203,8 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         notes.append("no sample is drawn from a sharded model at the end; use sample.py")
     if any(config.compiles(key, ranks.device.type) for key in ("compile", "compile_optimizer")):
         notes += _usable_compile_cache()
-    return Start(config, data, weights, checkpoint, resets, [*notes, *filter(None, [data.note])])
+    return Start(config, data, weights, checkpoint, resets, [*notes, *filter(None, [data.note])],
+                 chosen)
 
 
 def _usable_compile_cache() -> list[str]:

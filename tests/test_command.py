@@ -342,10 +342,26 @@ def test_a_run_of_huge_numbers_is_refused(recorded, refused):
     assert "config.json cannot be read" in refused(plot.main, [f"--runs={recorded}"])
 
 
+def test_the_papers_range_is_named_and_drawn_for_a_fixed_gamma_alone(recorded):
+    pytest.importorskip("matplotlib")
+
+    def texts():
+        axes = plot.picture([recorded], ["run"], ["unclipped"]).axes[0]
+        return [text.get_text() for text in axes.texts], len(axes.patches)
+
+    said, bands = texts()
+    assert "the paper's range, 10-50 %" in said and bands == 1
+    config = json.loads((recorded / "config.json").read_text()) | dict(gamma_target=0.9)
+    (recorded / "config.json").write_text(json.dumps(config))
+    said, bands = texts()
+    assert "the paper's range, 10-50 %" not in said and bands == 0
+
+
 def test_every_run_is_in_the_legend_and_every_panel_is_drawn_once(recorded, tmp_path):
     pytest.importorskip("matplotlib")
     legend = plot.picture([recorded], [recorded.name], ["loss"]).axes[0].get_legend()
-    assert [text.get_text().strip() for text in legend.get_texts()] == ["_a$b"]
+    names = [text.get_text().strip() for text in legend.get_texts()]
+    assert names == ["_a$b", "validation", "training"]
     sizes = []
     for panels in ("loss,lr", ",".join(["loss", "lr"] * 500)):
         plot.main([f"--runs={recorded}", f"--panels={panels}", f"--file={tmp_path / 'x.svg'}"])

@@ -310,10 +310,12 @@ def update_curvature(run: Run, step: int) -> None:
         with run.autocast():
             return forward_fn(idx, *args, **kwargs)
 
+    count = config.hessian_batch_size * config.block_size
+    if run.estimator.second_derivatives:  # larger as the sum over all parameters is, of random sign
+        count *= math.isqrt(run.model.num_params())
     estimate = run.estimator.estimate(forward, idx, targets, run.chunks,
                                       keyed_seed(config.seed, "hessian", step),
-                                      run.loss_scale.of_sum(config.hessian_batch_size
-                                                            * config.block_size))
+                                      run.loss_scale.of_sum(count))
     refused = run.guard.check_estimate(step, estimate, run.loss_scale.may_fall())
     skip_if_nonfinite(refused, run.optimizer, lambda: run.optimizer.update_hessian(estimate))
     run.loss_scale.update(refused, grows=False)

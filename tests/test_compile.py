@@ -19,12 +19,12 @@ from nanosophia.options import Config
 from sophia import sophia_update
 
 
-def build(flags):
+def build(flags, device="cpu"):
     config, sources = load(Config, flags, "")
     config = with_own_defaults(config, sources)
     data = open_dataset(config.dataset, config.block_size)
     torch.manual_seed(0)
-    return train.build_run(config, start_ranks("cpu"), data), data
+    return train.build_run(config, start_ranks(device), data), data
 
 
 @pytest.fixture

@@ -184,12 +184,16 @@ class GPT(nn.Module):
 
     def init_weights(self) -> None:
         """Draws initial weights as nanoGPT: N(0, .02), residual projections .02/sqrt(2 n_layer)."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, p in self.named_parameters():
-            if p.dim() >= 2:
-                nn.init.normal_(p, std=residual_std if name.endswith("c_proj.weight") else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+            self.init_weight(name, p)
+
+    def init_weight(self, name: str, p: Tensor) -> None:
+        """Draws the parameter called `name`; those of norms keep torch's ones."""
+        if p.dim() >= 2:
+            is_residual = name.endswith("c_proj.weight")
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer if is_residual else 1))
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, caches: Sequence | None = None,
                 sample_labels_fn: SampleLabels | None = None) -> Tensor:

@@ -85,6 +85,7 @@ from nanosophia.resume import (
     write_config,
 )
 from nanosophia.saver import Saver
+from nanosophia.sharded_init import InitialValues
 from nanosophia.summary import print_next_steps, print_sample, print_summary
 from nanosophia.trackers import asked_for
 from nanosophia.weights import Weights
@@ -137,14 +138,19 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
     # number, even to its current value, disables that.
     torch.set_num_threads(torch.get_num_threads())
     torch.manual_seed(config.seed)
-    model = build_model(config, ranks, weights)
     sharded = config.parallel == "fsdp" and ranks.world_size > 1
+    with torch.device("meta") if sharded and weights is None else nullcontext():
+        model = build_model(config, ranks, weights)
+    values = InitialValues(model) if sharded and weights is None else None
     blocks = list(model.transformer.h)
     if config.compiles("compile", ranks.device.type):
         for part in blocks if sharded else [model]:
             part.compile()
     wrapped = wrap(model, ranks, sharded=sharded, blocks=blocks,
                    precision=autocast_dtype(config.dtype))
+    if values:
+        torch.manual_seed(config.seed)  # as where the model is built whole
+        values.fill(model, ranks)
     optimizer, estimator, beginning = build(
         config, model, num_classes=data.vocab_size,
         all_reduce=sum_over_ranks if ranks.world_size > 1 else None,

@@ -22,9 +22,8 @@ if __name__ == "__main__":
 
 import json
 import math
-import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import judge, leaderboard
@@ -72,13 +71,6 @@ class Setting:
     seeds: int = 3
     budget: int = 8
     contenders: tuple[str, ...] = tuple(CONTENDERS)
-    rates: dict[str, str] = field(default_factory=dict)  # ladders of its own
-
-    def described(self, name: str) -> str:
-        """Returns the text of a contender, as experiments.leaderboard takes it."""
-        rates = self.rates.get(name)
-        return re.sub(r"(?<=learning_rate=)[^,]*", rates, CONTENDERS[name]) if rates \
-            else CONTENDERS[name]
 
 
 def _model(layers: int, width: int, context: int, rows: int, dataset: str) -> str:
@@ -100,14 +92,7 @@ SETTINGS = {
                                longer="3", contenders=FOUR),
     "books_bytes_w192": Setting(_model(5, 192, 64, 32, "books-bytes"), "200,400,800",
                                 longer="3", contenders=FOUR),
-    "books_bpe": Setting(_model(3, 48, 64, 32, "books"), "200,400,800", contenders=HEADLINE),
-    # nanoGPT's example for a CPU: 4 x 4 x 128, context 64, batch 12, 2,000 steps
-    "shakespeare": Setting(
-        "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --total_batch_size=12 --batch_size=12 "
-        "--hessian_batch_size=12 --dataset=shakespeare_char --eval_windows=2000 --dtype=float32",
-        "1000,2000", longer="2", seeds=5, budget=6,
-        contenders=FOUR,
-        rates={"AdamW": "2e-3|4e-3|8e-3", "controlled gamma": "5e-3|1e-2|2e-2"})}
+    "books_bpe": Setting(_model(3, 48, 64, 32, "books"), "200,400,800", contenders=HEADLINE)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +114,7 @@ class StudySettings(RunSettings):
 def board(settings: StudySettings) -> LeaderboardSettings:
     """Returns the leaderboard of a setting; its runs are in a folder of its name."""
     of = SETTINGS[settings.setting]
-    first, *others = (f"{name}: {of.described(name)}" for name in of.contenders)
+    first, *others = (f"{name}: {CONTENDERS[name]}" for name in of.contenders)
     return LeaderboardSettings(
         baseline=first, candidates="; ".join(others), max_iters=of.lengths, longer=of.longer,
         budget=of.budget, seeds=of.seeds, flags=f"{of.model} {settings.flags}".strip(),

@@ -289,6 +289,9 @@ def gather(tokens: np.ndarray, offsets: list[int], T: int, vocab_size: int) -> T
 
 
 def inputs_and_targets(rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns inputs and next-token targets (n, T) of rows (n, T + 1), on the device, no sync."""
-    rows = rows.to(device, non_blocking=True)
+    """Returns inputs and next-token targets (n, T) of rows (n, T + 1), on the device.
+
+    On CUDA the host does not wait for the copy.
+    """
+    rows = rows.to(device, non_blocking=device.type == "cuda")
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

@@ -316,13 +316,18 @@ def new_gloo_group():
     return dist.new_group(backend="gloo")
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Returns the widest floating-point type of a device: float64, which MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def host_copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns copies in host memory, shards still as shards; `buffers` is reused and extended."""
     for name, x in tensors.items():
         x, kept = to_local(x).detach(), buffers.get(name)
         if kept is None or (kept.shape, kept.dtype) != (x.shape, x.dtype):
             buffers[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        buffers[name].copy_(x, non_blocking=True)
+        buffers[name].copy_(x, non_blocking=x.is_cuda)  # MPS would go on, and nothing wait for it
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

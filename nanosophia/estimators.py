@@ -52,9 +52,9 @@ def gnb_estimator(config: Config, params: list[Tensor], num_classes: int,
         uniforms = torch.rand(config.hessian_batch_size, targets.size(1), generator=generator)
         first, _ = row_range(chunks)
         uniforms = uniforms[first:first + len(inputs)]
-        if inputs.is_cuda:  # whose copy would wait for all that the device has to do
+        if inputs.is_cuda:  # a copy of other memory would wait for all that the device has to do
             uniforms = uniforms.pin_memory()
-        uniforms = uniforms.to(inputs.device, non_blocking=True)
+        uniforms = uniforms.to(inputs.device, non_blocking=inputs.is_cuda)
         uniforms = uniforms.masked_fill(targets == -100, -1)  # no label is drawn there
 
         def sampled_loss(rows: slice) -> tuple[Tensor, Tensor]:

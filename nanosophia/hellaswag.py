@@ -30,7 +30,14 @@ from nanosophia.checkpoint import CheckpointError
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, load, option
 from nanosophia.dataloader import Dataset
-from nanosophia.distributed import Ranks, is_sharded, reshard, start_ranks, sum_over_ranks
+from nanosophia.distributed import (
+    Ranks,
+    is_sharded,
+    reshard,
+    start_ranks,
+    sum_over_ranks,
+    widest_float,
+)
 from nanosophia.files import read_bytes, reason, write_text
 from nanosophia.options import Config
 from nanosophia.schemas import parse
@@ -150,7 +157,7 @@ def log_likelihoods(model: Callable[[Tensor], Tensor], endings: list[Ending], ba
                                  reduction="none").view(len(batch), -1)
         for row, ending, i in zip(losses, batch, order[start:start + batch_size], strict=True):
             last = len(ending.ids) - 1
-            found[i] = -row[last - ending.length:last].double().sum().item()
+            found[i] = -row[last - ending.length:last].to(widest_float(device)).sum().item()
     return found
 
 
@@ -185,7 +192,7 @@ def evaluate(model: GPT, questions: list[Question], tokenizer, num_classes: int,
                                                 autocast))
     reshard(model)
     model.train()
-    counts = torch.tensor(right, dtype=torch.float64, device=ranks.device)
+    counts = torch.tensor(right, dtype=widest_float(ranks.device), device=ranks.device)
     if shared:
         sum_over_ranks([counts])
     plain, normalised = (counts / len(questions)).tolist()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nanosophia.distributed import full_tensor, sum_over_ranks
+from nanosophia.distributed import full_tensor, sum_over_ranks, widest_float
 from nanosophia.files import append_text, read_bytes, write_text
 from nanosophia.schemas import Record, parse
 from nanosophia.trackers import Tracker
@@ -76,8 +76,9 @@ def measure(run, step: int, lr: float, loss: Tensor, grad_norm: Tensor, clock: C
         measured["loss_scale"] = run.loss_scale.value
     if hasattr(run.optimizer, "statistics"):
         measured |= {key: full_tensor(x) for key, x in run.optimizer.statistics().items()}
-    values = torch.cat([torch.stack([value.double() for value in measured.values()]),
-                        run.guard.report.double()]).tolist()  # sync
+    wide = widest_float(device)
+    values = torch.cat([torch.stack([value.to(wide) for value in measured.values()]),
+                        run.guard.report.to(wide)]).tolist()  # sync
     record, report = dict(zip(measured, values, strict=False)), values[len(measured):]
     run.guard.raise_if_tripped(report)
     if report[0]:

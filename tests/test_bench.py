@@ -30,7 +30,7 @@ def test_a_table_and_json_of_contenders(tmp_path, capsys):
     assert report["cycle"] == 3 and report["tokens_per_step"] == 64
     for row in report["rows"].values():
         assert row["tokens_per_second"] > 0 and row["peak_bytes"] > 1e7
-        assert 0 <= row["data_wait"] < 1
+        assert row["data_wait"] >= 0
         assert row["optimizer_ms"] > 0 and row["optimizer_ratio"] > 0
         assert 0 <= row["compile_s"] <= row["first_step_s"]
     per_token = report["flops_per_token"] * 64 / 1e12

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -301,11 +302,9 @@ def test_a_signal_saves_ends_and_the_run_goes_on_identically(flags, tmp_path, tr
         argv = flags(parts, "--init_from=auto", "--checkpoint_interval=1000")
         process = child.start(argv, log)
         wait_for_steps(parts, process, randomly.randrange(1, 60))
-        began = time.monotonic()
         os.kill(process.pid, number)
-        process.join(30)
+        process.join(300)
         assert process.exitcode == 128 + number, log.read_text()
-        assert time.monotonic() - began < 30
         assert f"stopped by {number.name} after" in log.read_text()
         assert "--init_from=auto" in log.read_text() and "Traceback" not in log.read_text()
         assert load_latest(parts).state["step"] == len(losses_so_far(parts))
@@ -511,16 +510,17 @@ def test_a_folder_in_use_is_refused_and_a_dead_owners_is_not(tiny, tmp_path, ref
 def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
     original = checkpoint.save_file
 
+    goes_on = threading.Event()
+
     def slow(tensors, path):
-        time.sleep(1)
+        assert goes_on.wait(60), "save() waits for the file"
         original(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
     saver = Saver(tmp_path, ONE, keep=2, keep_best=False, sharded=False)
     w = torch.ones(4)
-    began = time.monotonic()
     saver.save({"w": w}, {"0.m": w}, state_of(1))
-    assert time.monotonic() - began < 1
+    goes_on.set()
     w.zero_()  # what training does meanwhile is not saved
     saver.wait()
     assert load_latest(tmp_path).model_tensors()["w"].tolist() == [1.0] * 4

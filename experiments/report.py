@@ -23,9 +23,11 @@ from experiments import (
     every_optimizer,
     figures,
     leaderboard,
+    memory,
     optimizer_steps,
     preparation,
     sampling,
+    shakespeare,
     speed,
     study,
 )
@@ -54,7 +56,7 @@ def _figure(data: dict) -> str:
 EXPERIMENTS: dict[str, Callable[[dict], str]] = {
     "figures": _figure, "compare": compare.remake, "every_optimizer": every_optimizer.remake,
     "leaderboard": leaderboard.remake,
-    "speed": speed.table,
+    "speed": speed.table, "memory": memory.table, "shakespeare": shakespeare.remake,
     "optimizer_steps": optimizer_steps.table, "preparation": preparation.table,
     "sampling": sampling.table, "study": study.remake}
 

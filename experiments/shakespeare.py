@@ -4,8 +4,8 @@
     python -m experiments.shakespeare --jobs=2 [--nanogpt=FOLDER]
 
 4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps, no dropout, on the characters of
-Shakespeare. Each optimizer is tuned as by experiments.leaderboard, AdamW at the full length, the
-others at half of it, by --budget runs with seed 0; then it runs with --seeds seeds. With --nanogpt,
+Shakespeare. Each optimizer is tuned as by experiments.leaderboard, at the full length, by --budget
+runs with seed 0; then it runs with --seeds seeds. With --nanogpt,
 a folder that holds github.com/karpathy/nanoGPT, its own train.py runs with the flags of its README
 and other seeds. All losses are of the same windows: the whole validation split once, in nats per
 character; nanoGPT's of the weights that it saved after 2,000 steps.
@@ -66,7 +66,7 @@ class ShakespeareSettings(RunSettings):
                           section="shakespeare")
     nanogpt: str = option("", "folder with nanoGPT's train.py and model.py; empty = left out")
     seeds: int = option(5, "runs of each optimizer at its best", low=2)
-    budget: int = option(6, "runs that tune each optimizer", low=6)
+    budget: int = option(8, "runs that tune each optimizer", low=6)
     max_iters: int = option(STEPS, "steps; fewer to try the command", low=20)
 
     def check(self) -> None:
@@ -81,7 +81,7 @@ def board(settings: ShakespeareSettings) -> LeaderboardSettings:
     return LeaderboardSettings(
         baseline=BASELINE, candidates=CANDIDATES, budget=settings.budget, seeds=settings.seeds,
         max_iters=f"{settings.max_iters // 2},{settings.max_iters}",
-        tune_at=settings.max_iters // 2, out_dir=settings.out_dir, jobs=settings.jobs,
+        tune_at=settings.max_iters, out_dir=settings.out_dir, jobs=settings.jobs,
         flags=f"{shape} --total_batch_size={ROWS} --hessian_batch_size={ROWS} --dtype=float32 "
               f"--dataset={settings.dataset} --eval_windows=2000 {settings.flags}".strip())
 

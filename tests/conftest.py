@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train
 from nanosophia.corpus import write_corpus
@@ -47,31 +44,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in FAST_FILES and item.originalname not in LONGER:
             item.add_marker("fast")
-
-
-class Allocated(TorchDispatchMode):
-    """Storages of at least `smallest` bytes that operations make within it, while they live."""
-
-    def __init__(self, smallest: int = 0):
-        super().__init__()
-        self.smallest, self.made, self.most = smallest, {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        there = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs))
-                 if isinstance(x, torch.Tensor)}
-        found = func(*args, **(kwargs or {}))
-        for x in tree_leaves(found):
-            if (isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= self.smallest
-                    and x.untyped_storage()._cdata not in there):  # no view, not in place
-                reference = StorageWeakRef(x.untyped_storage())
-                self.made[reference.cdata] = (reference, x.untyped_storage().nbytes())
-        self.most = max(self.most, self.alive())
-        return found
-
-    def alive(self) -> int:
-        """Bytes at this moment; `most` is the largest it has been."""
-        self.made = {k: v for k, v in self.made.items() if not v[0].expired()}
-        return sum(size for _, size in self.made.values())
 
 
 class CutOff:

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
+from experiments.memory import Allocated
 from model import GPT, GPTConfig
 from nanosophia import memory
 from nanosophia.attention import TwiceDifferentiableAttention
 from sophia import hutchinson
-from tests.conftest import Allocated
 from tests.test_dry_run import resolved
 from tests.test_train import build
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments.memory import Allocated
 from model import GPT, GPTConfig, cross_entropy, rotate
 from nanosophia.chunked_loss import chunked_cross_entropy
 from nanosophia.estimators import sample_labels_two_level
 from nanosophia.generate import LayerCache, generate, sample_token
 from nanosophia.optimizers import parameter_groups
 from nanosophia.options import Config
-from tests.conftest import Allocated
 
 
 def in_chunks(chunk):

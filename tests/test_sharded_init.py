@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments.memory import Allocated
 from model import GPT, GPTConfig
 from nanosophia.distributed import Ranks
 from nanosophia.sharded_init import InitialValues
-from tests.conftest import Allocated
 
 CONFIG = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=33)
 

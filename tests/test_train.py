@@ -14,6 +14,7 @@ import torch
 
 import sample
 import train
+from experiments.memory import Allocated
 from model import GPT, GPTConfig
 from nanosophia import command as command_module
 from nanosophia import resume
@@ -25,7 +26,7 @@ from nanosophia.distributed import Ranks
 from nanosophia.optimizers import OPTIMIZERS
 from nanosophia.options import Config
 from nanosophia.update_rules import sliced_update
-from tests.conftest import Allocated, listed, made_up_text, run_train, torchrun
+from tests.conftest import listed, made_up_text, run_train, torchrun
 from tests.test_checkpoint import nanogpt_file
 
 

@@ -1,6 +1,6 @@
 # python data/shakespeare_char/prepare.py && python train.py config/shakespeare_gpu.py
-# nanoGPT's example for a GPU, with its AdamW: its README says 1.4697 nats per character, the best of
-# the evaluations on the way (it overfits from then on). Not measured here: no GPU was at hand.
+# nanoGPT's example for a GPU, with its AdamW: its README says 1.4697 nats per character, the best
+# of the evaluations on the way (it overfits from then on). Not measured here: no GPU was at hand.
 init_from = "auto"
 n_layer = 6
 n_head = 6

@@ -113,6 +113,8 @@ def encode(tokenizer, prompt: str, num_classes: int) -> list[int]:
     except UnicodeEncodeError as error:
         raise ConfigError(f"the prompt is not valid UTF-8 at character {error.start}; give it as "
                           "UTF-8 text", "start") from None
+    if tokenizer.eot_token is None:  # of characters
+        prompt = "" if prompt == "\n" else prompt.removeprefix(EOT)  # which start_token is for
     ids = tokenizer.encode(prompt, allowed_special={EOT}) or [start_token(tokenizer)]
     if max(ids) >= num_classes:
         raise ConfigError(f"the prompt has id {max(ids)}, the model knows {num_classes}; its "

@@ -422,7 +422,9 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
             try:
                 run_loop(run, data, out_dir, first_step)
             except torch.OutOfMemoryError:
-                raise OutOfMemory(config, ranks) from None
+                sharded = replace(config, parallel="fsdp")
+                raise OutOfMemory(config, ranks, may_shard=ranks.world_size > 1 and not run.sharded
+                                  and not dry_run.refusal(sharded, ranks.world_size)) from None
 
 
 def run_loop(run: Run, data: Dataset, out_dir: Path, first_step: int) -> None:

@@ -41,7 +41,8 @@ from experiments.plot import read_metrics
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, Settings, UserError, load, option
 from nanosophia.distributed import start_ranks
-from nanosophia.files import create, read_bytes, write_text
+from nanosophia.files import create, read_bytes, remove, write_text
+from nanosophia.folder_lock import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"30m": "train_gpt2_30m", "125m": "train_gpt2_small", "355m": "train_gpt2_medium",
@@ -150,7 +151,8 @@ def read_state(out: Path) -> dict[str, dict]:
     """Returns by name what was done: status, seconds, and the last line of what failed."""
     try:
         state = json.loads(read_bytes(out / "state.json"))
-        return {name: dict(status=row["status"], seconds=row["seconds"], said=row["said"])
+        return {name: dict(status=str(row["status"]), seconds=float(row["seconds"]),
+                           said=str(row["said"]))
                 for name, row in state.items()}
     except FileNotFoundError:
         return {}
@@ -164,7 +166,8 @@ def run_part(part: Part, out: Path, seconds: float) -> tuple[int | None, str]:
     and its last line. Its output is appended to logs/NAME.log."""
     log = out / "logs" / f"{part.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with (open(log, "ab") if part.resumes and log.exists() else create(log)) as file:
+    before = log.stat().st_size if part.resumes and log.exists() else 0
+    with open(log, "ab") if before else create(log) as file:
         process = subprocess.Popen([sys.executable, *part.words], cwd=ROOT, stdout=file,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -174,7 +177,7 @@ def run_part(part: Part, out: Path, seconds: float) -> tuple[int | None, str]:
         finally:  # also after Ctrl-C
             if process.poll() is None:
                 _end(process, patience=60 if part.resumes else 5)
-    lines = read_bytes(log).decode(errors="replace").strip().splitlines() or [""]
+    lines = read_bytes(log)[before:].decode(errors="replace").strip().splitlines() or [""]
     return code, lines[-1].strip()[:200]
 
 
@@ -197,6 +200,7 @@ def work(settings: GpuSettings, out: Path) -> bool:
             raise ConfigError(f"again = {name!r} is no part; they are "
                               f"{', '.join(part.name for part in todo)}", "again")
         state.pop(name, None)
+        remove(out / "runs" / name.removeprefix("train_"))
     for part in todo:
         if state.get(part.name, {}).get("status") in ("done", "failed"):
             continue
@@ -274,7 +278,8 @@ def markdown(settings: GpuSettings, data: dict) -> str:
     trained = {name: rows for name, rows in figures.items() if name.startswith("train_")}
     if trained:
         lines += ["", "## Training 30M", "", f"{settings.max_iters:,} steps of "
-                  f"{settings.total_batch_size} sequences of {settings.dataset}; validation loss, "
+                  f"{settings.total_batch_size} sequences of {Path(settings.dataset).name}; "
+                  "validation loss, "
                   "nats per token", "", "| optimizer | steps | loss | tokens/s, median | MFU |",
                   "|---|---|---|---|---|"]
     for name, rows in trained.items():
@@ -294,14 +299,20 @@ def main(argv: list[str]) -> None:
     settings, _ = load(GpuSettings, argv, "python -m experiments.gpu --out_dir=results/gpu/NAME")
     out = Path(settings.out_dir)
     found = facts(settings)  # a missing driver or device ends here
-    try:
-        done = work(settings, out)
-    finally:
-        data = report(settings, out, found)
-        write_text(out / "report.json", json.dumps(data) + "\n")
-        write_text(out / "README.md", markdown(settings, data))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with FolderLock(out) as lock:
+        lock.take()
+        try:
+            done = work(settings, out)
+        finally:
+            data = report(settings, out, found)
+            write_text(out / "report.json", json.dumps(data) + "\n")
+            write_text(out / "README.md", markdown(settings, data))
+            signal.signal(signal.SIGTERM, before)
     print(f"{'all done' if done else 'to be continued by the same command'}; {out / 'README.md'}")
-    failed = [name for name, row in read_state(out).items() if row["status"] == "failed"]
+    state = read_state(out)
+    failed = [part.name for part in parts(settings)
+              if state.get(part.name, {}).get("status") == "failed"]
     if failed:
         raise PartsFailed(f"{', '.join(failed)} failed; see the logs in {out / 'logs'}, and repeat "
                           f"with --again={','.join(failed)}")

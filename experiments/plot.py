@@ -240,20 +240,57 @@ def write_report(settings: PlotSettings) -> None:
     image = base64.b64encode(data.getvalue()).decode()
     samples = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts) or "<p>None.</p>"
     page = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(run.name)}</title>
-<style>body {{ font: 15px/1.45 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse }} td {{ padding: .1rem 1rem .1rem 0; vertical-align: top }}
-pre {{ background: #f4f4f4; padding: .8rem; white-space: pre-wrap }} img {{ max-width: 100% }}
-h2 {{ margin-top: 2rem }}</style>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(run.name)}</title>
+<style>{STYLE}</style>
 <h1>{html.escape(run.name)}</h1>
+<p class="lead">{html.escape(_in_words(last, config))}</p>
 <img alt="losses and diagnostics" src="data:image/png;base64,{image}">
 <h2>Last values</h2>{_html_table(last)}
-<h2>Settings</h2>{_html_table(config)}
+<h2>Settings that differ from the defaults</h2>{_html_table(_chosen(config))}
+<details><summary>All settings</summary>{_html_table(config)}</details>
 <h2>Environment</h2>{_html_table(environment)}
 <h2>Samples</h2>{samples}
 </html>
 """
     write_text(Path(settings.report), page)
+
+
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 1.5rem auto;
+       padding: 0 1rem }
+h1 { overflow-wrap: anywhere; margin-bottom: .3rem }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+.lead { margin-top: 0 }
+img { width: 100%; height: auto; background: #fff; border-radius: .3rem }
+table { border-collapse: collapse; width: 100% }
+td { padding: .2rem .8rem .2rem 0; vertical-align: top; border-bottom: 1px solid #8884;
+     overflow-wrap: anywhere }
+td + td { font-family: ui-monospace, monospace; font-size: .9em; width: 55% }
+pre { background: #8882; padding: .8rem; border-radius: .3rem; white-space: pre-wrap;
+      overflow-wrap: anywhere; font-size: .85rem }
+summary { cursor: pointer; margin: 1rem 0 .5rem }
+"""
+
+
+def _in_words(last: dict, config: dict) -> str:
+    """Returns a sentence with the optimizer, how far the run went, and its losses."""
+    step = last.get("step", -1) + 1
+    said = [f"{config.get('optimizer', 'a run')}, {step:,} steps"]
+    if last.get("tokens"):
+        said[0] += f", {last['tokens'] / 1e6:,.2f}M tokens"
+    said += [f"{name} loss {last[key]:.4f}" for key, name in (
+        ("val/loss", "validation"), ("train/loss", "training")) if last.get(key) is not None]
+    return "; ".join(said)
+
+
+def _chosen(config: dict) -> dict:
+    """Returns the settings that are not train.py's defaults."""
+    from nanosophia.options import Config
+    defaults = vars(Config())
+    return {key: value for key, value in config.items() if defaults.get(key) != value}
 
 
 def _html_table(values: dict) -> str:
@@ -273,7 +310,7 @@ def _read_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
 
     from nanosophia.checkpoint import CheckpointError
     from nanosophia.generate import generate
-    from nanosophia.tokenizer import TokenizerError, get_tokenizer
+    from nanosophia.tokenizer import TokenizerError, get_tokenizer, start_token
     from nanosophia.weights import run_weights
     try:
         weights = run_weights(run)
@@ -287,7 +324,7 @@ def _read_checkpoint(run: Path, samples: int) -> tuple[dict, list[str]]:
     if not samples:
         return environment, []
     model = weights.build()
-    ids = torch.full((samples, 1), tokenizer.eot_token)
+    ids = torch.full((samples, 1), start_token(tokenizer))
     ids = generate(model, ids, 200, temperature=0.8, top_k=200, num_classes=weights.num_classes,
                          generator=torch.Generator().manual_seed(1337))
     return environment, [tokenizer.decode(row) for row in ids[:, 1:].tolist()]

@@ -135,6 +135,14 @@ def estimate_rows(plan: Plan, gpus: int) -> int:
     return _largest(chain(*_last(gpus).chunks(c.hessian_batch_size, c.hessian_chunks, rows)))
 
 
+def usable(config: Config, device_bytes: float) -> float:
+    """Returns the bytes that a peak as `memory` counts it may have on a device.
+
+    It counts for bfloat16; in float32 all is taken for twice as large, in float64 for four times.
+    """
+    return MOST * device_bytes / dict(float32=2, float64=4).get(config.dtype, 1)
+
+
 def fitted(plan: Plan, gpus: int, room: float = 0) -> Plan:
     """Returns the plan with a batch_size where it has none: the largest that so many ranks may have
     and whose peak is at most `room` bytes, by default nine tenths of dry_run_memory.
@@ -144,7 +152,7 @@ def fitted(plan: Plan, gpus: int, room: float = 0) -> Plan:
     c = plan.config
     if c.batch_size:
         return plan
-    room = room or MOST * c.dry_run_memory * GIB
+    room = room or usable(c, c.dry_run_memory * GIB)
     for rows in range(-(-c.total_batch_size // gpus), 0, -1):
         plan = plan._replace(config=replace(c, batch_size=rows))
         if not refusal(plan.config, gpus) and memory(plan, gpus).peak <= room:
@@ -163,8 +171,7 @@ def choose_batch_size(config: Config, ranks: Ranks) -> tuple[Config, list[str]]:
     if free is None:
         rows = min(HOST_ROWS, -(-config.total_batch_size // ranks.world_size))
         return replace(config, batch_size=rows), []
-    room = MOST * free / dict(float32=2, float64=4).get(config.dtype, 1)
-    rows = fitted(plan(config), ranks.world_size, room).config.batch_size
+    rows = fitted(plan(config), ranks.world_size, usable(config, free)).config.batch_size
     return replace(config, batch_size=rows), [
         f"batch_size = {rows} is the largest that fits the {free / GIB:.1f} GiB which are free, by "
         "the count of --dry_run; where memory runs out, give a lower one, or --loss_chunk=1024"]
@@ -213,7 +220,7 @@ REMEDIES = (dict(), dict(loss_chunk=1024), dict(activation_checkpointing=True),
 
 def remedy(plan: Plan, gpus: int) -> str:
     """Returns flags that bring the peak below dry_run_memory, or that none do; "" where it is."""
-    c, room = plan.config, MOST * plan.config.dry_run_memory * GIB
+    c, room = plan.config, usable(plan.config, plan.config.dry_run_memory * GIB)
     if memory(fitted(plan, gpus), gpus).peak <= room:
         return ""
     for change in REMEDIES:
@@ -223,7 +230,8 @@ def remedy(plan: Plan, gpus: int) -> str:
             flags += ["--loss_chunk=1024"] * ("loss_chunk" in change)
             return " ".join(flags + ["--activation_checkpointing"] * (
                 "activation_checkpointing" in change))
-    return "not even --loss_chunk and --activation_checkpointing do; --parallel=fsdp may on more"
+    more = "" if refusal(replace(c, parallel="fsdp"), 8) else "; --parallel=fsdp may on more GPUs"
+    return f"not even --loss_chunk and --activation_checkpointing do{more}"
 
 
 def days(plan: Plan, gpus: int) -> float:

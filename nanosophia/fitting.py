@@ -14,11 +14,11 @@ class OutOfMemory(UserError):
 
     exit_code = 1
 
-    def __init__(self, config: Config, ranks: Ranks):
+    def __init__(self, config: Config, ranks: Ranks, *, may_shard: bool):
         lower = [f"--batch_size={config.batch_size // 2}"] if config.batch_size > 1 else []
         lower += [] if config.loss_chunk else ["--loss_chunk=1024"]
         lower += [] if config.activation_checkpointing else ["--activation_checkpointing"]
-        if ranks.world_size > 1 and config.parallel != "fsdp":
+        if may_shard:
             lower.append("--parallel=fsdp")
         super().__init__(
             f"{ranks.device} is out of memory with micro-batches of {config.batch_size} sequences; "

@@ -203,13 +203,15 @@ def during_training(config: Config, data: Dataset, ranks: Ranks,
                     ) -> Callable[[GPT, Callable], dict[str, float]] | None:
     """Returns what scores a model as the settings of a run ask for it, None where they do not.
 
-    Raises ConfigError where the questions cannot be read, before the first step.
+    Raises ConfigError where the questions cannot be read, TokenizerError where the vocabulary lacks
+    their characters, before the first step.
     """
     if config.eval_tasks == "none":
         return None
     questions = read_questions(config.hellaswag_file, config.eval_tasks_limit)
     tokenizer = data.encoding()
     rows = config.batch_size
+    encode(questions, tokenizer, config.block_size, data.vocab_size)
 
     def score_model(model: GPT, autocast: Callable) -> dict[str, float]:
         return evaluate(model, questions, tokenizer, data.vocab_size, ranks, rows, autocast)

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,8 +86,9 @@ def main(argv: list[str]) -> None:
         weights = import_weights(settings)
         print(f"wrote {settings.out_dir}; next:")
         if weights.tokenizer:  # else nothing says how to decode its samples
-            print(f"  python sample.py --out_dir={settings.out_dir}")
-        print(f"  python train.py --init_from={settings.import_from}  (to train on from it)")
+            print(f"  python sample.py --out_dir={shlex.quote(settings.out_dir)}")
+        source = shlex.quote(settings.import_from)
+        print(f"  python train.py --init_from={source}  (to train on from it)")
 
 
 def export(settings: HuggingFaceSettings) -> Path:

@@ -1,6 +1,7 @@
 """Writes a ckpt.pt that nanoGPT's sample.py and train.py take."""
 
 import os
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def write_checkpoint(weights: Weights, file: Path, records: list[dict]) -> str:
     start anew there. Raises ConfigError on a name that is taken, CheckpointError on a model that
     nanoGPT cannot compute and where the disk refuses.
     """
-    if file.suffix != ".pt":
-        raise ConfigError(f"--export_nanogpt={file} is no name of a ckpt.pt", "export_nanogpt")
+    if file.name != "ckpt.pt":  # the only one that its sample.py opens
+        raise ConfigError(f"--export_nanogpt={file}: nanoGPT opens FOLDER/ckpt.pt; give that name",
+                          "export_nanogpt")
     if file.exists():
         raise ConfigError(f"--export_nanogpt={file} exists; remove it, or give another name",
                           "export_nanogpt")
@@ -44,8 +46,8 @@ def write_checkpoint(weights: Weights, file: Path, records: list[dict]) -> str:
         remove(partial)
         raise CheckpointError(f"{file} cannot be written: {error}") from error
     lines = [f"wrote {file}; in nanoGPT's folder: python sample.py "
-             f"--out_dir={file.parent.resolve()} --device=cpu --compile=False"]
-    if weights.tokenizer != "gpt2":
+             f"--out_dir={shlex.quote(str(file.parent.resolve()))} --device=cpu --compile=False"]
+    if weights.tokenizer == "bytes" or weights.tokenizer.endswith(CHARACTERS):
         lines.append(f"it decodes by data/{dataset}/{CHARACTERS} there: a copy of the one beside "
                      "this run's data")
     if weights.config.activation != "gelu":

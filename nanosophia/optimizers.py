@@ -51,7 +51,8 @@ def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: All
     """Builds the optimizer that `config.optimizer` names, on the model's parameters.
 
     Its estimator draws labels among `num_classes` classes. `all_reduce` sums tensors over ranks in
-    place; `sharded_gradient` computes gradients of parameters that are split over ranks.
+    place; `sharded_gradient` computes gradients of parameters that are split over ranks. Raises
+    ConfigError where the precision, once it is known, does not suit the optimizer.
     """
     _do_not_load_compiler()
     groups = parameter_groups(model, config)
@@ -64,6 +65,11 @@ def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: All
         return OptimizerAndEstimator(optimizer, None,
                                      Beginning.of(optimizer, lr_key, attributes=True))
     entry = OPTIMIZERS[config.optimizer]
+    if config.dtype == "float16" and config.optimizer in UNCLIPPED:
+        raise ConfigError(f"optimizer = {config.optimizer} with dtype = float16: while an estimate "
+                          "overflows, it would step without curvature and without a clip; give "
+                          "--dtype=float32, or bfloat16 where the device computes it", "dtype",
+                          "optimizer")
     optimizer = entry.build(config, groups)
     estimator = None if entry.estimator is None else entry.estimator(
         config, optimizer.parameters(), num_classes, all_reduce, sharded_gradient)
@@ -165,6 +171,7 @@ def with_own_defaults(config: Config, sources: dict[str, str]) -> Config:
     return replace(config, **{key: value for key, value in own.items() if key not in sources})
 
 
+UNCLIPPED = ("adahessian", "gnb_unclipped")  # divide by a curvature that must be there
 SMALL_BATCH = 1 << 13  # tokens per step; at a quarter of it beta1 = 0.8 did better on two texts
 
 

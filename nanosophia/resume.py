@@ -193,7 +193,7 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
         config = adopt_weight_shape(config, sources, asdict(weights.config))
         require_tokenizer(weights.tokenizer, data, config.init_from)
     config = resolve_vocab_size(config, sources, data)
-    _require_memory(config, ranks)
+    _require_memory(config, ranks, weights)
     chosen = not config.batch_size and ranks.device.type == "cuda"
     config, more = choose_batch_size(config, ranks)
     notes += more
@@ -407,13 +407,14 @@ def require_tokenizer(name: str, data: Dataset, model: object) -> None:
                         "with the model's tokenizer")
 
 
-def _require_memory(config: Config, ranks: Ranks) -> None:
+def _require_memory(config: Config, ranks: Ranks, weights: Weights | None) -> None:
     """Raises ConfigError where this machine cannot hold the parameters: its system would kill it.
 
     Parameters are made in host memory, also for a GPU; for several that share them, one tensor at a
-    time.
+    time, unless they are read as `weights`.
     """
-    if config.parallel == "fsdp" and ranks.world_size > 1 and ranks.device.type == "cuda":
+    if config.parallel == "fsdp" and ranks.world_size > 1 and ranks.device.type == "cuda" \
+            and weights is None:
         return
     needed = 4 * config.n_embd * (config.vocab_size * (1 if config.tied_head else 2)
                                   + 12 * config.n_layer * config.n_embd)  # and a little more

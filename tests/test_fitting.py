@@ -121,6 +121,27 @@ def test_the_dry_run_says_how_each_size_fits_a_small_card(config, optimizer, mem
     assert float(row[-2]) <= 0.9 * memory
 
 
+@pytest.mark.parametrize("optimizer, parallel, offered", [
+    ("adamw", "ddp", True), ("adamw", "fsdp", False), ("sophiah", "ddp", False)])
+def test_sharding_is_offered_where_it_works(optimizer, parallel, offered):
+    page = dry_run.report(resolved(f"config/train_gpt2_large_{optimizer}.py", "--dry_run_memory=4",
+                                   "--batch_size=1"))
+    assert ("--parallel=fsdp may on more GPUs" in page) is (optimizer != "sophiah")
+    config = resolved("--optimizer=adamw", "--batch_size=4")
+    said = str(fitting.OutOfMemory(config, Ranks(0, 2, CPU.device), may_shard=offered))
+    assert ("--parallel=fsdp" in said) is offered
+
+
+def test_more_memory_is_counted_for_higher_precision():
+    rows = {}
+    for dtype in ("auto", "float32", "float64"):
+        page = dry_run.report(resolved("config/train_gpt2_small_sophiag.py", "--dry_run_memory=16",
+                                       "--batch_size=15", f"--dtype={dtype}"))
+        found = [x for x in page.splitlines() if "what fits" in x]
+        rows[dtype] = found[0].partition("what fits: ")[2] if found else ""
+    assert len(set(rows.values())) == 3, rows
+
+
 def test_where_nothing_helps_the_dry_run_says_so():
     page = dry_run.report(resolved("config/train_gpt2_large_sophiag.py", "--dry_run_memory=8"))
     assert "8 GiB are too few; what fits: not even --loss_chunk" in page

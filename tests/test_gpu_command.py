@@ -1,11 +1,16 @@
 """python -m experiments.gpu: in slices, from part to part, without a GPU at toy sizes."""
 
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from experiments import exactness, gpu
 from experiments.gpu import Part
+from tests.conftest import ROOT
 
 ARGUMENTS = ["--rehearse", "--device=cpu", "--sizes=30m"]
 
@@ -87,6 +92,37 @@ def test_a_part_that_fails_or_does_not_end_is_passed_over(made_of, tmp_path, cap
     assert state(tmp_path)["broken"] == state(tmp_path)["endless"] == "done"
 
 
+def test_two_calls_at_once_are_refused_and_a_stop_ends_the_part(tmp_path):
+    out = tmp_path / "a b"
+    command = [sys.executable, "-m", "experiments.gpu", f"--out_dir={out}", *ARGUMENTS]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "tests ..." in first.stdout.readline()
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 2 and "is in use by process" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    said = ["tests ...", *first.communicate()[0].splitlines()]
+    assert first.returncode == 143 and (out / "README.md").exists()
+    begun = {line.removesuffix(" ...") for line in said if line.endswith(" ...")}
+    ended = {line.partition(":")[0] for line in said if not line.endswith(" ...")}
+    assert len(begun - ended) <= 1 and set(state(out)) <= ended  # what it was at is not done
+    assert not [pid for pid in Path("/proc").glob("[0-9]*") if _mentions(pid, str(out))]
+
+
+def _mentions(pid, words):
+    try:
+        return words in (pid / "cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return False
+
+
+def test_again_forgets_a_training(made_of, tmp_path):
+    run = tmp_path / "runs" / "x"
+    code = f"import pathlib; pathlib.Path({str(run)!r}).mkdir(parents=True)"
+    made_of(Part("train_x", python(code), "training"))
+    command = [f"--out_dir={tmp_path}", *ARGUMENTS]
+    assert _exit_code(command) == 0 and _exit_code([*command, "--again=train_x"]) == 0
+
+
 def _exit_code(command):
     try:
         gpu.main(command)
@@ -106,9 +142,10 @@ def test_wrong_settings_are_refused(tmp_path, monkeypatch, refused, flags, words
 
 
 def test_a_state_of_something_else_is_refused(tmp_path, refused):
-    (tmp_path / "state.json").write_text("[1]")
-    assert "is not what this command writes" in refused(
-        gpu.main, [f"--out_dir={tmp_path}", *ARGUMENTS])
+    for content in ("[1]", "null", '{"tests": {"status": "done", "seconds": "x", "said": ""}}'):
+        (tmp_path / "state.json").write_text(content)
+        assert "is not what this command writes" in refused(
+            gpu.main, [f"--out_dir={tmp_path}", *ARGUMENTS])
 
 
 def test_a_difference_beyond_its_tolerance_is_reported(tmp_path, monkeypatch, capsys):

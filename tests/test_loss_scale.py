@@ -93,15 +93,33 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_train_as_one_and_agree_on_an_overflow(tiny, tmp_path, parallel):
+def test_two_ranks_train_as_one(tiny, tmp_path, parallel):
     flags = tiny(HALF, "--optimizer=sophiag", "--hessian_interval=2", "--eval_interval=100")
     run_train(*flags)
     result = torchrun(2, "train.py", *flags, f"--parallel={parallel}",
                       f"--out_dir={tmp_path / 'two'}")
     assert result.returncode == 0, result.stderr
     one, two = (records(tmp_path / name)[-1] for name in ("run", "two"))
-    assert one["loss_scale"] == two["loss_scale"]
     assert abs(one["train/loss"] - two["train/loss"]) < 1e-2
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_agree_on_overflows(tiny, tmp_path, parallel):
+    result = torchrun(2, "-m", "tests.overflow_worker", *tiny(
+        HALF, "--optimizer=sophiag", "--hessian_interval=2", "--max_iters=20"),
+        f"--parallel={parallel}")
+    assert result.returncode == 0, result.stderr
+    last = records(tmp_path / "run")[-1]
+    assert last["refused"] > 1 and last["loss_scale"] == 2.0 ** (28 - last["refused"])
+    scales = [line for line in result.stdout.splitlines() if line.startswith("scale ")]
+    assert scales == [f"scale {last['loss_scale']}"] * 2
+
+
+@pytest.mark.parametrize("optimizer", ["adahessian", "gnb_unclipped"])
+def test_optimizers_that_need_their_curvature_are_refused(tiny, refused, optimizer):
+    from train import main
+    flags = [flag for flag in tiny(HALF, f"--optimizer={optimizer}") if "gamma" not in flag]
+    assert "it would step without curvature" in refused(main, flags)
 
 
 def test_the_scale_halves_doubles_and_stays_in_its_range(monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import pickle
 import urllib.error
 import urllib.request
@@ -117,6 +118,28 @@ def test_ids_that_are_too_small_for_gpt2_are_not_taken_for_its_tokens(folder):
         open_dataset(str(folder), 64, "gpt2")
 
 
+def test_characters_without_a_line_break_are_sampled_and_scored_or_refused(tiny, tmp_path, capsys,
+                                                                            refused):
+    from experiments import plot
+    (tmp_path / "in.txt").write_text("abcd" * 2000)
+    script("shakespeare_char").main([f"--input={tmp_path / 'in.txt'}",
+                                     f"--out_dir={tmp_path / 'data'}"])
+    flags = [*tiny("--max_iters=2"), f"--dataset={tmp_path / 'data'}"]
+    run_train(*flags)
+    out = f"--out_dir={tmp_path / 'run'}"
+    for more in ([], ["--start=<|endoftext|>"], ["--start=<|endoftext|>ab"]):
+        sample.main([out, "--num_samples=2", "--max_new_tokens=5", "--device=cpu", *more])
+    plot.main([f"--runs={tmp_path / 'run'}", f"--report={tmp_path / 'x.html'}"])
+    assert "abcd" in (tmp_path / "x.html").read_text()
+    question = dict(ind=0, ctx="A man", endings=["eats.", "flies.", "swims.", "sits."], label=0,
+                    ctx_a="A man", ctx_b="", activity_label="x")
+    (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
+    line = refused(train.main, [*flags, "--eval_tasks=hellaswag", f"--out_dir={tmp_path / 'other'}",
+                                f"--hellaswag_file={tmp_path / 'q.jsonl'}"])
+    assert "which the vocabulary lacks" in line
+    assert not list((tmp_path / "other").glob("metrics.jsonl"))
+
+
 def test_bytes_are_spelled_for_nanogpt_and_other_tokens_are_not(tmp_path, gpt2_cache):
     text = made_up_text(9000, 1) + "Grüße"
     documents = listed([("train", text), ("val", text)])
@@ -211,7 +234,7 @@ def test_what_nanogpt_cannot_compute_is_not_exported(tiny, tmp_path, refused, ca
     command = [f"--out_dir={tmp_path / 'run'}", f"--export_nanogpt={tmp_path / 'ckpt.pt'}"]
     line = refused(huggingface.main, command)
     assert "scale_attn_by_inverse_layer_idx = True, which nanoGPT cannot compute" in line
-    assert "no name of a ckpt.pt" in refused(
+    assert "nanoGPT opens FOLDER/ckpt.pt; give that name" in refused(
         huggingface.main, [command[0], f"--export_nanogpt={tmp_path / 'out'}"])
     assert "give one of --export=FOLDER" in refused(
         huggingface.main, [*command, f"--export={tmp_path / 'hf'}"])

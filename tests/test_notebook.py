@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 nbformat = pytest.importorskip("nbformat")
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "out", "*.bin", "__pycache__", ".pytest_cache",
-                                  "meta.json", "lock", "results")
+                                  "meta.json", "meta.pkl", "lock", "results")
 
 
 def code_cells(notebook):

@@ -9,6 +9,7 @@ writes.
 """
 
 import hashlib
+import shlex
 import sys
 import urllib.request
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
     characters, train, val = write_folder(read_text(settings), folder)
     print(f"{folder}: {train:,} characters to train on, {val:,} to validate, {len(characters)} "
           f"different ones: {characters!r}")
-    dataset = f" --dataset={folder}" if settings.out_dir else ""
+    dataset = f" --dataset={shlex.quote(str(folder))}" if settings.out_dir else ""
     print(f"next: python train.py config/shakespeare.py{dataset}")
 
 

@@ -17,5 +17,4 @@ max_iters = 2000
 warmup_iters = 100
 dtype = "float32"
 eval_interval = 500
-eval_windows = 2000
 sample_tokens = 300

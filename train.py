@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +58,7 @@ from nanosophia.distributed import (
 )
 from nanosophia.estimators import Estimator, row_range
 from nanosophia.evaluation import describe_loss, evaluate, evaluate_split
-from nanosophia.fitting import OutOfMemory, fits
+from nanosophia.fitting import OutOfMemory, build_that_fits
 from nanosophia.folder_lock import FolderLock, LockError
 from nanosophia.guard import (
     Guard,
@@ -76,7 +76,6 @@ from nanosophia.options import Config
 from nanosophia.packages import seed_draws
 from nanosophia.precision import autocast_dtype
 from nanosophia.resume import (
-    Start,
     check_settings,
     describe_config,
     load_config,
@@ -177,28 +176,6 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
                StepCounters(torch.zeros((), device=ranks.device)),
                Guard(config.max_skipped if config.on_nonfinite == "skip" else 0, ranks),
                LossScale(ranks.device, dynamic=config.dtype == "float16"), sharded)
-
-
-def build_run_that_fits(start: Start, ranks: Ranks, fresh_from: int = 0) -> tuple[Run, list[str]]:
-    """Builds the run that a command starts; returns notes as well.
-
-    A micro-batch that was chosen by a GPU's free memory is tried, and halved once where it does not
-    fit. Not where parameters are sharded: a rank that ran out would leave the others waiting.
-    """
-    run = build_run(start.config, ranks, start.data, start.weights, fresh_from)
-    if not start.chose_batch_size or run.sharded or start.config.batch_size == 1:
-        return run, []
-    reserved = dry_run.bytes_beside_training(start.config, ranks.world_size)
-    fitted = fits(partial(differentiate_largest_micro_batch, run), reserved, ranks)
-    run.model.zero_grad(set_to_none=True)
-    if fitted:
-        return run, []
-    smaller = replace(start.config, batch_size=start.config.batch_size // 2)
-    del run
-    torch.cuda.empty_cache()
-    return build_run(smaller, ranks, start.data, start.weights, fresh_from), [
-        f"micro-batches of {start.config.batch_size} ran out of memory, so batch_size = "
-        f"{smaller.batch_size}"]
 
 
 def differentiate_largest_micro_batch(run: Run) -> None:
@@ -399,9 +376,11 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
         if out_dir.is_dir() and not config.eval_only:
             on_main(ranks, lock.take, LockError)
         start = resolve(config, sources, ranks)
-        step = start.checkpoint.state["step"] if start.resets_optimizer else 0
-        run, notes = build_run_that_fits(start, ranks, fresh_from=step)
-        config, data = run.config, start.data
+        step, data = start.checkpoint.state["step"] if start.resets_optimizer else 0, start.data
+        run, notes = build_that_fits(
+            lambda config: build_run(config, ranks, data, start.weights, fresh_from=step),
+            differentiate_largest_micro_batch, start, ranks)
+        config = run.config
         first_step = restore(run, start.checkpoint, weights_only=start.resets_optimizer
                              or config.eval_only) if start.checkpoint else 0
         if not config.eval_only and first_step < config.max_iters:
@@ -422,9 +401,7 @@ def train(config: Config, sources: dict[str, str] | None = None) -> None:
             try:
                 run_loop(run, data, out_dir, first_step)
             except torch.OutOfMemoryError:
-                sharded = replace(config, parallel="fsdp")
-                raise OutOfMemory(config, ranks, may_shard=ranks.world_size > 1 and not run.sharded
-                                  and not dry_run.refusal(sharded, ranks.world_size)) from None
+                raise OutOfMemory(config, ranks) from None
 
 
 def run_loop(run: Run, data: Dataset, out_dir: Path, first_step: int) -> None:

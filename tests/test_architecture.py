@@ -69,7 +69,7 @@ ALLOWED = {
     "memory": {"options"},
     "loss_scale": {"distributed"},
     "sharded_init": {"model", "distributed"},
-    "fitting": {"configurator", "distributed", "options"},
+    "fitting": {"configurator", "distributed", "dry_run", "options", "resume"},
     "guard": {"sophia", "configurator", "distributed"},
     "update_rules": {"sophia", "distributed"},
     "evaluation": {"dataloader", "distributed", "tokenizer"},

@@ -121,14 +121,15 @@ def test_the_dry_run_says_how_each_size_fits_a_small_card(config, optimizer, mem
     assert float(row[-2]) <= 0.9 * memory
 
 
-@pytest.mark.parametrize("optimizer, parallel, offered", [
-    ("adamw", "ddp", True), ("adamw", "fsdp", False), ("sophiah", "ddp", False)])
-def test_sharding_is_offered_where_it_works(optimizer, parallel, offered):
+@pytest.mark.parametrize("optimizer, parallel, ranks, offered", [
+    ("adamw", "ddp", 2, True), ("adamw", "fsdp", 2, False), ("sophiah", "ddp", 2, False),
+    ("adamw", "ddp", 1, False)])
+def test_sharding_is_offered_where_it_works(optimizer, parallel, ranks, offered):
     page = dry_run.report(resolved(f"config/train_gpt2_large_{optimizer}.py", "--dry_run_memory=4",
                                    "--batch_size=1"))
     assert ("--parallel=fsdp may on more GPUs" in page) is (optimizer != "sophiah")
-    config = resolved("--optimizer=adamw", "--batch_size=4")
-    said = str(fitting.OutOfMemory(config, Ranks(0, 2, CPU.device), may_shard=offered))
+    config = resolved(f"--optimizer={optimizer}", "--batch_size=4", f"--parallel={parallel}")
+    said = str(fitting.OutOfMemory(config, Ranks(0, ranks, CPU.device)))
     assert ("--parallel=fsdp" in said) is offered
 
 

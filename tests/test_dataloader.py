@@ -145,7 +145,7 @@ def test_missing_data_says_how_to_prepare_it(refused):
     line = refused(train.main, ["--dataset=openwebtext", "--device=cpu"])
     assert "train.bin not found; run python data/openwebtext/prepare.py" in line
     line = refused(train.main, ["--dataset=nowhere", "--device=cpu"])
-    assert "takes a prepared folder, or one of data/: fineweb, openwebtext, pile, stdlib" in line
+    assert "takes a prepared folder, or one of data/: fineweb, openwebtext, pile" in line
 
 
 def shorten(path, meta):

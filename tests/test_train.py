@@ -157,7 +157,7 @@ def test_the_estimate_reads_the_first_rows_of_the_same_batch(tiny, data_dir):
     run.estimator = run.estimator._replace(
         estimate=lambda *args: given.append(args[1:]) or original(*args))
     train.train_step(run, 0)
-    idx, targets, chunks, _ = given[0]
+    idx, targets, chunks, *_ = given[0]
     expected = run.batches.rows(0, 0, 4)
     assert torch.equal(idx, expected[:, :-1]) and torch.equal(targets, expected[:, 1:])
     assert chunks == [[slice(0, 2), slice(2, 4)]]

@@ -508,9 +508,7 @@ def test_a_folder_in_use_is_refused_and_a_dead_owners_is_not(tiny, tmp_path, ref
 
 
 def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
-    original = checkpoint.save_file
-
-    goes_on = threading.Event()
+    original, goes_on = checkpoint.save_file, threading.Event()
 
     def slow(tensors, path):
         assert goes_on.wait(60), "save() waits for the file"
@@ -520,11 +518,11 @@ def test_saving_stalls_training_for_the_copy_alone(tmp_path, monkeypatch):
     saver = Saver(tmp_path, ONE, keep=2, keep_best=False, sharded=False)
     w = torch.ones(4)
     saver.save({"w": w}, {"0.m": w}, state_of(1))
-    goes_on.set()
     w.zero_()  # what training does meanwhile is not saved
+    goes_on.set()
     saver.wait()
     assert load_latest(tmp_path).model_tensors()["w"].tolist() == [1.0] * 4
-    assert saver.seconds_written > 2
+    assert saver.seconds_written > 0
     saver.close()
 
 

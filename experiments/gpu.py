@@ -113,14 +113,15 @@ def parts(settings: GpuSettings) -> list[Part]:
             dict(compiled=False, steps=3, optimizers="adamw,sophiag") if toy else {})],
             "exactness")]
     for size in settings.sizes.split(","):
-        groups = [CONTENDERS[:3]] if toy else [CONTENDERS]
-        if size == "770m" and not toy:  # the states of all together would fill the card
-            groups = [CONTENDERS[:2], CONTENDERS[2:4], CONTENDERS[4:6]]
+        # Few at a time: all that are compared are compiled, and held in memory, together.
+        group_size, those = (2, CONTENDERS[:6]) if size == "770m" else (3, CONTENDERS)
+        groups = [CONTENDERS[:3]] if toy else [
+            those[i:i + group_size] for i in range(0, len(those), group_size)]
         for i, group in enumerate(groups):
             name = f"speed_{size}" + (f"_{i + 1}" if len(groups) > 1 else "")
             found.append(Part(name, ["bench.py", f"config/{SIZES[size]}_sophiag.py", *_flags(
                 device, dict(compare="; ".join(["plain", *group]).format(tenth=12 if toy else 48),
-                             batch_size=0, json=out / f"{name}.json"),
+                             json=out / f"{name}.json"),
                 TOY | dict(total_batch_size=24, hessian_batch_size=12, vocab_size=512,
                            repeats=3) if toy else {})], "speed"))
     return found + [_training(settings, optimizer, out / "runs" / optimizer)

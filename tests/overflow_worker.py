@@ -1,6 +1,11 @@
-"""Run by test_loss_scale.py under torchrun: train.py with a loss scale that overflows at first."""
+"""Run by test_loss_scale.py under torchrun: train.py with a loss scale that overflows at first.
 
+`python -m tests.overflow_worker FOLDER SETTINGS...` writes each rank's last scale to FOLDER/RANK.
+"""
+
+import os
 import sys
+from pathlib import Path
 
 import train
 from nanosophia import loss_scale
@@ -16,5 +21,5 @@ class Remembered(loss_scale.LossScale):
 
 
 train.LossScale = Remembered
-train.main(sys.argv[1:])
-print(f"scale {made[0].value.item()}", flush=True)
+train.main(sys.argv[2:])
+Path(sys.argv[1], os.environ["RANK"]).write_text(str(made[0].value.item()))

@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -137,7 +138,8 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
     # number, even to its current value, disables that.
     torch.set_num_threads(torch.get_num_threads())
     torch.manual_seed(config.seed)
-    sharded = config.parallel == "fsdp" and ranks.world_size > 1
+    shards = config.shards(ranks.world_size)
+    sharded = shards > 1
     with torch.device("meta") if sharded and weights is None else nullcontext():
         model = build_model(config, ranks, weights)
     values = InitialValues(model) if sharded and weights is None else None
@@ -145,7 +147,7 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
     if config.compiles("compile", ranks.device.type):
         for part in blocks if sharded else [model]:
             part.compile()
-    wrapped = wrap(model, ranks, sharded=sharded, blocks=blocks,
+    wrapped = wrap(model, ranks, shards=shards, blocks=blocks,
                    precision=autocast_dtype(config.dtype))
     if values:
         torch.manual_seed(config.seed)  # as where the model is built whole
@@ -158,7 +160,8 @@ def build_run(config: Config, ranks: Ranks, data: Dataset, weights: Weights | No
     estimate_rows = largest_estimate_rows(
         config, model.num_params(non_embedding=False),
         estimator is not None and estimator.second_derivatives)
-    chunks = ranks.chunks(config.hessian_batch_size, config.hessian_chunks, estimate_rows)
+    chunks = ranks.chunks(config.hessian_batch_size, config.hessian_chunks, estimate_rows,
+                          shared=sharded)
 
     def estimates(step: int) -> bool:
         return estimator is not None and (step % config.hessian_interval == 0 or step == fresh_from)
@@ -283,13 +286,11 @@ def update_curvature(run: Run, step: int) -> None:
         model = copy(run.model)  # of the same parameters
         model.activation_checkpointing = False
         forward_fn = model.forward
-    row = start
+    parts = chain(*run.chunks)
 
     def forward(idx: Tensor, *args, **kwargs) -> Tensor:
-        """Calls the model without gradient hooks on the next rows."""
-        nonlocal row
-        seed_dropout(config, "hessian_dropout", step, row)
-        row += len(idx)
+        """Calls the model without gradient hooks on the next micro-batch."""
+        seed_dropout(config, "hessian_dropout", step, next(parts).start)
         with run.autocast():
             return forward_fn(idx, *args, **kwargs)
 

@@ -175,9 +175,9 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(ShakespeareSettings, argv, "python -m experiments.shakespeare [--key=value]")
     judge.require_scipy()
-    nanogpt = nanogpt_runs(settings) if settings.nanogpt else []
     remembering = Remembering(board(settings))
     runs, out = run_all(remembering), Path(settings.out_dir)
+    nanogpt = nanogpt_runs(settings) if settings.nanogpt else []
     kept = {key: value for key, value in vars(settings).items()
             if key not in ("out_dir", "jobs", "nanogpt")}
     data = archive(command_line("experiments.shakespeare", argv),

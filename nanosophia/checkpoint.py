@@ -33,7 +33,6 @@ from nanosophia.distributed import (
     Ranks,
     is_sharded,
     on_main,
-    to_local,
     zeros_like_shards,
 )
 from nanosophia.files import fsync, open_file, read_bytes, reason, remove, write_text
@@ -140,8 +139,7 @@ def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], 
     partial = folder.with_name(folder.name + TEMPORARY)
     ranks = ranks or Ranks(0, 1, torch.device("cpu"))
     try:
-        on_main(ranks, lambda: _prepare_folder(partial, model, optimizer, ranks), OSError,
-                group=group)
+        on_main(ranks, lambda: _prepare_folder(partial, model, optimizer), OSError, group=group)
         _write_tensors(partial, model, optimizer, group)
         on_main(ranks, lambda: _publish(partial, folder, state), OSError, CheckpointError,
                 group=group)
@@ -159,11 +157,11 @@ def save(out_dir: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], 
     return folder
 
 
-def _prepare_folder(partial: Path, model: dict, optimizer: dict, ranks: Ranks) -> None:
+def _prepare_folder(partial: Path, model: dict, optimizer: dict) -> None:
     out_dir = partial.parent
     out_dir.mkdir(parents=True, exist_ok=True)
-    own_bytes = sum(to_local(t).nbytes for t in (*model.values(), *optimizer.values()))
-    needed, free = own_bytes * ranks.world_size + (1 << 20), shutil.disk_usage(out_dir).free
+    whole = sum(t.numel() * t.element_size() for t in (*model.values(), *optimizer.values()))
+    needed, free = whole + (1 << 20), shutil.disk_usage(out_dir).free
     if free < needed:
         raise OSError(f"{needed >> 20} MiB are needed, {free >> 20} MiB of disk space are free")
     remove(partial)  # also a link that was planted there

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from itertools import pairwise
 
@@ -25,6 +26,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nanosophia.configurator import UserError
+
+BUCKET = 1 << 22  # numbers that one all-reduce takes together
 
 
 class DeviceError(UserError):
@@ -60,17 +63,18 @@ class Ranks:
         alike = (n for n in range(least, 2 * least) if total % (self.world_size * n) == 0)
         return _split(*self.share(total), next(alike, least))
 
-    def chunks(self, total: int, count: int, largest: int) -> list[list[slice]]:
-        """Returns this rank's share of `count` equal chunks of `total` rows, in micro-batches.
+    def chunks(self, total: int, count: int, largest: int, *, shared: bool = False,
+               ) -> list[list[slice]]:
+        """Returns this rank's rows of `count` equal chunks of `total` rows, in micro-batches.
 
-        A single chunk is shared by all ranks.
+        Each rank takes its share of the chunks, or, with `shared` and where there is but one, its
+        share of the rows of each.
         """
-        if count == 1:
-            return [self.micro_batches(total, largest)]
-        size = total // count
-        parts = Ranks(0, 1, self.device).micro_batches(size, largest)
+        size, shared = total // count, shared or count == 1
+        members = self if shared else Ranks(0, 1, self.device)  # who work on a chunk
+        parts = members.micro_batches(size, largest)
         return [[slice(c * size + part.start, c * size + part.stop) for part in parts]
-                for c in range(*self.share(count))]
+                for c in range(*((0, count) if shared else self.share(count)))]
 
 
 def _split(start: int, stop: int, parts: int) -> list[slice]:
@@ -191,24 +195,27 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, ranks: Ranks, *, sharded: bool = False,
+def wrap(model: nn.Module, ranks: Ranks, *, shards: int = 1,
          blocks: Sequence[nn.Module] = (), precision: torch.dtype | None = None) -> nn.Module:
     """Returns the model whose backward averages gradients over ranks; of one rank the model.
 
-    `sharded` splits parameters, gradients and with them the optimizer's state over the ranks
-    (FSDP2), in place: each of `blocks` is gathered when it runs, in `precision` if it is given,
-    and its gradients are reduced in the parameters' own.
+    Two `shards` or more split parameters, gradients and with them the optimizer's state over as
+    many neighbouring ranks (FSDP2), in place; where there are more ranks, each such group has a
+    copy. Each of `blocks` is gathered when it runs, in `precision` if it is given, and its
+    gradients are reduced in the parameters' own.
     """
     if ranks.world_size == 1:
         return model.to(ranks.device)
-    if sharded:
+    if shards > 1:
         # Imported where it is needed, like the rest of FSDP2: it takes half a second.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         dtypes = {p.dtype for p in model.parameters()}
         policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=dtypes.pop()) \
             if precision else MixedPrecisionPolicy()
-        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        copies = ranks.world_size // shards
+        mesh = init_device_mesh(ranks.device.type, (shards,)) if copies == 1 else init_device_mesh(
+            ranks.device.type, (copies, shards), mesh_dim_names=("copies", "shards"))
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # Ids, and the uniform numbers that labels are drawn by, reach the model as they are.
@@ -280,11 +287,31 @@ def shard_like(whole: Tensor, p: Tensor) -> Tensor:
                               run_check=False).redistribute(placements=p.placements)
 
 
-def sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Sums each tensor over ranks, in place."""
-    if dist.is_initialized():
-        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
-            work.wait()
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Sums each tensor over ranks, in place; small ones are sent together."""
+    if not dist.is_initialized():
+        return
+    sent = []
+    for bucket in _buckets(tensors):
+        flat = bucket[0] if len(bucket) == 1 else torch.cat([t.flatten() for t in bucket])
+        sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in sent:
+        work.wait()
+        if len(bucket) > 1:
+            for t, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                t.copy_(total.view_as(t))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Returns the tensors in groups of one type and at most BUCKET numbers, but for larger ones."""
+    found: list[list[Tensor]] = []
+    for t in sorted(tensors, key=lambda t: str(t.dtype)):
+        last = found[-1] if found else []
+        if last and last[0].dtype == t.dtype and sum(x.numel() for x in (*last, t)) <= BUCKET:
+            last.append(t)
+        else:
+            found.append([t])
+    return found
 
 
 def on_main(ranks: Ranks, action: Callable[[], object], *errors: type[Exception], group=None):
@@ -334,13 +361,19 @@ def host_copy(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[st
     def as_it_was(name: str, x: Tensor) -> Tensor:
         if not is_sharded(x):
             return buffers[name]
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor
-        mesh = init_device_mesh("cpu", (x.device_mesh.size(),))
+        mesh = _host_mesh(tuple(x.device_mesh.shape), x.device_mesh.mesh_dim_names)
         return DTensor.from_local(buffers[name], mesh, x.placements, run_check=False,
                                   shape=x.shape, stride=x.stride())
 
     return {name: as_it_was(name, x) for name, x in tensors.items()}
+
+
+@cache
+def _host_mesh(shape: tuple[int, ...], names: tuple[str, ...] | None):
+    """Returns a mesh of all ranks in host memory; kept, since several dimensions make groups."""
+    from torch.distributed.device_mesh import init_device_mesh
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
 def zeros_like_shards(p: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -132,7 +132,8 @@ def estimate_rows(plan: Plan, gpus: int) -> int:
         return 0
     c = plan.config
     rows = largest_estimate_rows(c, plan.parameters, plan.second_derivatives)
-    return _largest(chain(*_last(gpus).chunks(c.hessian_batch_size, c.hessian_chunks, rows)))
+    return _largest(chain(*_last(gpus).chunks(c.hessian_batch_size, c.hessian_chunks, rows,
+                                              shared=c.shards(gpus) > 1)))
 
 
 def usable(config: Config, device_bytes: float) -> float:
@@ -195,8 +196,9 @@ def memory(plan: Plan, gpus: int) -> Memory:
     """Returns bytes per rank: float32 parameters, gradients, state; bfloat16 copies to compute."""
     config, N, B = plan.config, plan.parameters, plan.block_parameters
     shards, copies, gathered = 1, 2 * N, 0
-    if config.parallel == "fsdp" and gpus > 1:
-        shards, copies = gpus, 2 * (N - config.n_layer * B + 2 * B)  # the root's and two blocks'
+    if config.shards(gpus) > 1:
+        shards = config.shards(gpus)
+        copies = 2 * (N - config.n_layer * B + 2 * B)  # the root's and two blocks'
         gathered = copies  # gradients, before they are reduced
     training = step_bytes(config, N // shards, training_rows(config, gpus)) + gathered
     estimate = estimate_bytes(config, N // shards, estimate_rows(plan, gpus),

@@ -114,20 +114,19 @@ def check(config: Config, world_size: int) -> None:
     if config.gamma_rows != "none" and not config.gamma_target:
         raise ConfigError(f"gamma_rows = {config.gamma_rows} has no effect without gamma_target; "
                           "set both or none", "gamma_rows")
+    if entry.estimator is not None:
+        _check_rows(config)
     if config.parallel == "fsdp":
         _check_sharding(config, entry, world_size)
-    if entry.estimator is None:
-        return
+
+
+def _check_rows(config: Config) -> None:
+    """Raises ConfigError where an estimate's rows are not of the batch, or make no equal chunks."""
     rows, chunks = config.hessian_batch_size, config.hessian_chunks
     if rows > config.total_batch_size:
         raise ConfigError(f"hessian_batch_size = {rows} is more than total_batch_size = "
                           f"{config.total_batch_size}: the estimate uses rows of the same batch; "
                           "lower it", "hessian_batch_size", "total_batch_size")
-    if config.parallel == "fsdp" and world_size > 1 and chunks > 1:
-        raise ConfigError(f"hessian_chunks = {chunks} with parallel = fsdp: the ranks reduce each "
-                          "chunk's gradients together, so that chunks would depend on their "
-                          "number; leave it at 1, or use --parallel=ddp", "hessian_chunks",
-                          "parallel")
     if rows % chunks:
         raise ConfigError(f"hessian_batch_size = {rows} does not divide into hessian_chunks = "
                           f"{chunks}; choose a divisor", "hessian_chunks", "hessian_batch_size")
@@ -156,12 +155,16 @@ def _check_sharding(config: Config, entry: "OptimizerSpec", world_size: int) -> 
     if entry.fsdp_refusal:
         raise ConfigError(f"parallel = fsdp cannot serve optimizer = {config.optimizer}: "
                           f"{entry.fsdp_refusal}; use --parallel=ddp", "parallel", "optimizer")
-    for key in ("total_batch_size", "hessian_batch_size")[:2 if entry.estimator else 1]:
-        rows = getattr(config, key)
+    parts = dict(total_batch_size=1) | (dict(hessian_batch_size=config.hessian_chunks)
+                                        if entry.estimator else {})
+    for key, count in parts.items():
+        rows = getattr(config, key) // count
         if rows // world_size < -(-rows // (world_size * (config.batch_size or rows))):
-            raise ConfigError(f"{key} = {rows} gives some of {world_size} ranks fewer micro-batches"
-                              " than others, and parallel = fsdp needs them to run in step; choose "
-                              f"a multiple of {world_size}, or use --parallel=ddp", key, "parallel")
+            chunk = f" in {count} chunks, of which every rank takes rows," if count > 1 else ""
+            raise ConfigError(f"{key} = {rows * count}{chunk} gives some of {world_size} ranks "
+                              "fewer micro-batches than others, and parallel = fsdp needs them to "
+                              f"run in step; choose a multiple of {world_size * count}, or use "
+                              "--parallel=ddp", key, "parallel")
 
 
 def with_own_defaults(config: Config, sources: dict[str, str]) -> Config:
@@ -334,13 +337,14 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": OptimizerSpec(_adamw, None, _ADAMW),
     "lion": OptimizerSpec(_lion, None, dict(learning_rate=1.5e-4, beta1=0.95, beta2=0.98)),
     "muon": OptimizerSpec(_matrices(_muon), None, _ADAMW,
-                          fsdp_refusal="it orthogonalises whole matrices"),
+                          fsdp_refusal="torch.optim.Muon takes whole matrices; on shards "
+                                       "--optimizer=metric_muon --metric_power=0 is its update"),
     "metric_muon": OptimizerSpec(_matrices(_metric_muon), None, _ADAMW, compiles=True),
     "metric_muon_gnb": OptimizerSpec(_metric_muon_gnb, gnb_estimator, _ADAMW, compiles=True),
     "soap": OptimizerSpec(_matrices(_soap), None, _ADAMW | dict(beta1=0.95),
-                          fsdp_refusal="its bases are of whole matrices"),
+                          fsdp_refusal="every rank would hold its bases of whole matrices"),
     "kron": OptimizerSpec(_matrices(_kron), None, _ADAMW,
-                          fsdp_refusal="its factors are of whole matrices"),
+                          fsdp_refusal="every rank would hold its factors of whole matrices"),
     "ademamix": OptimizerSpec(_ademamix, None, _ADAMW | dict(beta2=0.999)),
     "mars": OptimizerSpec(_mars, None, _ADAMW | dict(beta1=0.95, beta2=0.99)),
     # The rate stays constant after its warm-up.

@@ -179,6 +179,9 @@ class Config(Settings, GPTOptions):
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "with several ranks: each holds the whole model, or a share of it (FSDP2; for "
                "models that one device cannot hold)")
+    shard_ranks: int = option(
+        0, "with fsdp: neighbouring ranks that share one copy of the model, as many as a machine "
+           "has; others hold copies (hybrid sharding); 0 = all ranks", low=0)
     activation_checkpointing: bool = option(
         False, "recompute each block in the backward pass: less memory, about a third more compute")
     loss_chunk: int = option(
@@ -260,8 +263,23 @@ class Config(Settings, GPTOptions):
             return {} if value else dict(min_lr_ratio=1.0)
         raise LookupError(key)
 
+    def shards(self, world_size: int) -> int:
+        """Returns how many of so many ranks share one copy of the model."""
+        return min(self.shard_ranks or world_size, world_size) if self.parallel == "fsdp" else 1
+
     def check_world(self, world_size: int) -> None:
-        """Raises ConfigError unless every one of `world_size` ranks gets a row of the batch."""
+        """Raises ConfigError unless `world_size` ranks make whole copies of the model, and every
+        one gets a row of the batch."""
+        if self.shard_ranks and self.parallel != "fsdp":
+            raise ConfigError(f"shard_ranks = {self.shard_ranks} has no effect with parallel = "
+                              f"{self.parallel}; leave it out, or give --parallel=fsdp",
+                              "shard_ranks", "parallel")
+        if self.shard_ranks == 1:
+            raise ConfigError("shard_ranks = 1 shares nothing; give --parallel=ddp instead",
+                              "shard_ranks")
+        if self.shard_ranks and world_size > 1 and world_size % self.shard_ranks:
+            raise ConfigError(f"shard_ranks = {self.shard_ranks} does not divide the {world_size} "
+                              "ranks; choose a divisor, as many as a machine has", "shard_ranks")
         if self.total_batch_size < world_size:
             raise ConfigError(f"total_batch_size = {self.total_batch_size} is less than the "
                               f"{world_size} ranks, which each need a row; raise it, or start "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from nanosophia.distributed import Ranks, to_local
+from nanosophia.distributed import Ranks, shard_like, to_local
 
 
 class InitialValues:
@@ -38,6 +38,5 @@ class InitialValues:
         """Gives the split model memory on its device, and its values."""
         model.to_empty(device=ranks.device)
         for name, value in self.draw():
-            part = to_local(model.get_parameter(name))
-            if part.numel():  # fully_shard splits rows as torch.chunk does
-                part.copy_(value.chunk(ranks.world_size)[ranks.rank])
+            p = model.get_parameter(name)
+            to_local(p).copy_(to_local(shard_like(value.to(ranks.device), p)))

@@ -45,7 +45,7 @@ def trained(sharded: bool, name: str) -> list[torch.Tensor]:
 def uniforms_arrive_unrounded() -> None:
     """In a sharded bfloat16 model, whose blocks round what they are given."""
     model = wrap(GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=33)),
-                 Ranks(dist.get_rank(), 2, torch.device("cpu")), sharded=True,
+                 Ranks(dist.get_rank(), 2, torch.device("cpu")), shards=2,
                  precision=torch.bfloat16)
     uniforms = torch.rand(4, 8)
 

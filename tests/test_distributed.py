@@ -62,7 +62,7 @@ def test_micro_batches_are_alike_where_that_costs_little(total, largest, world, 
     (480, 10, 7, 1), (32, 10, 10, 1), (240, 4, 64, 1), (5, 1, 3, 1), (240, 7, 10, 12),
     (240, 20, 8, 3)])
 def test_every_row_is_one_ranks_whatever_divides(total, largest, world, count):
-    rows, numbers = [], []
+    rows, numbers, together = [], [], [[] for _ in range(count)]
     for rank in range(world):
         chunks = Ranks(rank, world, torch.device("cpu")).chunks(total, count, largest)
         parts = [part for chunk in chunks for part in chunk]
@@ -71,6 +71,11 @@ def test_every_row_is_one_ranks_whatever_divides(total, largest, world, count):
         numbers.append(len(parts))
         for chunk in chunks if count > 1 else []:  # a chunk is not divided between ranks
             assert chunk[-1].stop - chunk[0].start == total // count
+        shared = Ranks(rank, world, torch.device("cpu")).chunks(total, count, largest, shared=True)
+        together = [[*chunk, *part] for chunk, part in zip(together, shared, strict=True)]
+    for c, chunk in enumerate(together):  # ranks take rows of every chunk, whatever their number
+        assert [row for part in chunk for row in range(part.start, part.stop)] == list(
+            range(c * total // count, (c + 1) * total // count))
     assert rows == list(range(total))
     if count == 1 and total // world >= -(-total // (world * largest)):
         assert len(set(numbers)) == 1  # they run in step

@@ -143,6 +143,15 @@ def test_ranks_that_train_would_refuse_are_named_and_uneven_ones_wait():
                                          "--n_layer=2"))).splitlines()[2].endswith("| - | - |")
 
 
+def test_copies_of_the_shards_leave_each_rank_as_much():
+    plan = dry_run.plan(resolved("--parallel=fsdp", "--shard_ranks=8", "--batch_size=1"))
+    small, large = dry_run.memory(plan, 8), dry_run.memory(plan, 64)
+    assert (small.state, small.parameters) == (large.state, large.parameters)
+    everywhere = plan._replace(config=dataclasses.replace(plan.config, shard_ranks=0))
+    assert dry_run.memory(everywhere, 8) == small
+    assert dry_run.memory(everywhere, 64).state == pytest.approx(large.state / 8)
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--optimizer=foo"], "optimizer = 'foo' is none of"),
     (["--optimizer=adamw"], "gamma_target = 0.9 has no effect on optimizer = adamw")])

@@ -87,20 +87,22 @@ def test_the_same_run_twice_on_two_ranks_is_the_same(flags, tmp_path):
 
 
 @pytest.mark.trial(11)
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_the_number_of_ranks_may_change_on_resume(tiny, tmp_path, parallel):
-    """1 -> 2 -> 1 ranks give the losses and state of one; so do shards in between."""
+@pytest.mark.parametrize("ranks, parallel", [
+    (2, ("--parallel=ddp",)), (2, ("--parallel=fsdp",)),
+    (4, ("--parallel=fsdp", "--shard_ranks=2"))])
+def test_the_number_of_ranks_may_change_on_resume(tiny, tmp_path, ranks, parallel):
+    """1 -> several -> 1 ranks give the losses and state of one; so do shards in between."""
     one, parts = tmp_path / "one", tmp_path / "parts"
     common = ("--dtype=float64", "--batch_size=1", "--keep_checkpoints=9", "--hessian_interval=4")
     run_train(*tiny("--max_iters=12", *common, out_dir=one))
-    resumed = ("--max_iters=12", "--init_from=auto", f"--parallel={parallel}", *common)
+    resumed = ("--max_iters=12", "--init_from=auto", *parallel, *common)
     with stopping_after(3):
         run_train(*tiny(*resumed, out_dir=parts))
-    result = torchrun(2, "-m", "tests.faults.child", "--fault=stop:0:7:1",
+    result = torchrun(ranks, "-m", "tests.faults.child", "--fault=stop:0:7:1",
                       *tiny(*resumed, out_dir=parts))
     assert "stopped by SIGUSR1 after" in result.stderr, result.stderr
-    assert load_latest(parts).state["world_size"] == 2
-    assert bool(list(load_latest(parts).folder.glob("shard-*"))) == (parallel == "fsdp")
+    assert load_latest(parts).state["world_size"] == ranks
+    assert bool(list(load_latest(parts).folder.glob("shard-*"))) == ("--parallel=fsdp" in parallel)
     run_train(*tiny(*resumed, out_dir=parts))
     found = losses(parts)
     for step, pair in losses(one).items():

@@ -199,8 +199,13 @@ NEOX = ("--rotary_fraction=0.5", "--parallel_residual", "--tied_head=False",
     (3, ("--optimizer=sophiah", "--hessian_batch_size=1", "--hessian_interval=1")),
     (3, ("--optimizer=adamw", "--batch_size=2")), (3, ("--hessian_chunks=2",)),
     (3, ("--parallel=fsdp", "--batch_size=3", "--hessian_batch_size=4")),
+    # Two copies, each split over two ranks
+    *((4, ("--parallel=fsdp", "--shard_ranks=2", *more)) for more in (
+        ("--gamma_target=0.9", "--hessian_batch_size=8", "--hessian_chunks=2", "--dropout=0.1"),
+        ("--optimizer=metric_muon_gnb", "--bias=True"))),
     *((2, ("--parallel=fsdp", *more)) for more in (
-        ("--dropout=0.1", "--eval_windows=5"), ("--gamma_target=0.9", "--gamma_rows=embedding"),
+        ("--dropout=0.1", "--eval_windows=5"), ("--hessian_chunks=2", "--dropout=0.1"),
+        ("--gamma_target=0.9", "--gamma_rows=embedding"),
         ("--optimizer=adamw", "--activation_checkpointing"), ("--optimizer=lion",),
         ("--optimizer=normalize",), ("--optimizer=ef_clip",), NEOX, ("--optimizer=metric_muon",),
         ("--optimizer=metric_muon_gnb", "--metric_rest=sophia"), ("--optimizer=schedule_free",)))])
@@ -220,16 +225,31 @@ def test_ranks_give_one_ranks_losses_and_curvature(tiny, tmp_path, ranks, extra)
 
 @pytest.mark.parametrize("flags, words", [
     (("--optimizer=sophiah",), "cannot serve optimizer = sophiah: Hutchinson's estimate"),
-    (("--optimizer=muon",), "cannot serve optimizer = muon: it orthogonalises whole matrices")])
+    (("--optimizer=muon",), "on shards --optimizer=metric_muon --metric_power=0 is its"),
+    (("--optimizer=soap",), "every rank would hold its bases of whole matrices")])
 def test_shards_refuse_what_needs_the_whole_with_the_reason(tiny, refused, flags, words):
     assert words in refused(train.main, tiny("--parallel=fsdp", *flags))
 
 
-def test_shards_refuse_chunks_that_would_depend_on_the_ranks(tiny, monkeypatch):
-    monkeypatch.setattr(resume, "world_size", lambda: 2)
-    config = load(Config, tiny("--parallel=fsdp", "--hessian_chunks=2", "--batch_size=1"), "")[0]
-    with pytest.raises(ConfigError, match="hessian_chunks = 2 with parallel = fsdp"):
+def test_shards_refuse_chunks_of_which_some_rank_has_no_row(tiny, monkeypatch):
+    monkeypatch.setattr(resume, "world_size", lambda: 4)
+    config = load(Config, tiny("--parallel=fsdp", "--hessian_batch_size=8", "--hessian_chunks=4"),
+                  "")[0]
+    with pytest.raises(ConfigError, match="in 4 chunks, of which every rank takes rows, gives some "
+                                          "of 4 ranks fewer .* choose a multiple of 16"):
         resume.check_settings(config, {})
+    resume.check_settings(replace(config, hessian_chunks=2), {})
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--shard_ranks=2",), "shard_ranks = 2 has no effect with parallel = ddp"),
+    (("--shard_ranks=1", "--parallel=fsdp"), "shard_ranks = 1 shares nothing"),
+    (("--shard_ranks=3", "--parallel=fsdp"), "shard_ranks = 3 does not divide the 4 ranks"),
+    (("--shard_ranks=8", "--parallel=fsdp"), "shard_ranks = 8 does not divide the 4 ranks")])
+def test_copies_that_ranks_cannot_make_are_refused(tiny, monkeypatch, flags, words):
+    monkeypatch.setattr(resume, "world_size", lambda: 4)
+    with pytest.raises(ConfigError, match=words):
+        resume.check_settings(load(Config, tiny(*flags), "")[0], {})
 
 
 @pytest.mark.parametrize("key, flags", [

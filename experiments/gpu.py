@@ -8,8 +8,10 @@ often as it takes. Each part is a command of its own, whose log and figures are 
 
     tests       pytest -m gpu
     exactness   experiments.exactness: against the CPU, low precision, compiled, resumed
-    speed_SIZE  bench.py: a nanoGPT-shaped loop, AdamW, Sophia-G (half of the batch; a tenth in
-                twelve chunks), Sophia-H, Muon and the matrix optimizers
+    batch_SIZE  experiments.micro_batch: the fastest micro-batch, by doubling
+    speed_SIZE  bench.py, all with the config's micro-batch: a nanoGPT-shaped loop, AdamW, Sophia-G
+                (half of the batch; a tenth in twelve chunks), Sophia-H, Muon and other matrix
+                optimizers
     train_NAME  train.py on --dataset, which goes on where the last call stopped it
 
 A part that fails, or takes longer than a whole call, is noted with its last line and passed over;
@@ -35,7 +37,7 @@ from typing import Literal
 import torch
 
 import bench
-from experiments import exactness
+from experiments import exactness, micro_batch
 from experiments.archive import circumstances
 from experiments.plot import read_metrics
 from nanosophia.command import command
@@ -47,6 +49,8 @@ from nanosophia.folder_lock import FolderLock
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"30m": "train_gpt2_30m", "125m": "train_gpt2_small", "355m": "train_gpt2_medium",
          "770m": "train_gpt2_large"}
+SMALLEST = {"30m": 16, "125m": 8, "355m": 4, "770m": 2}  # micro-batch to begin with
+TABLES = {"exactness": exactness.table, "speed": bench.table, "batch": micro_batch.table}
 CONTENDERS = (
     "optimizer=adamw", "optimizer=sophiag", "optimizer=sophiag,hessian_batch_size={tenth},"
     "hessian_chunks=12", "optimizer=sophiah", "optimizer=muon", "optimizer=metric_muon",
@@ -94,7 +98,7 @@ class Part:
 
     name: str
     words: list[str]
-    kind: Literal["log", "exactness", "speed", "training"] = "log"
+    kind: Literal["log", "exactness", "batch", "speed", "training"] = "log"
 
     @property
     def resumes(self) -> bool:
@@ -113,6 +117,10 @@ def parts(settings: GpuSettings) -> list[Part]:
             dict(compiled=False, steps=3, optimizers="adamw,sophiag") if toy else {})],
             "exactness")]
     for size in settings.sizes.split(","):
+        found.append(Part(f"batch_{size}", [
+            "-m", "experiments.micro_batch", f"config/{SIZES[size]}_adamw.py", *_flags(
+                device, dict(first=SMALLEST[size], json=out / f"batch_{size}.json"),
+                TOY | dict(vocab_size=512, first=1, last=4, repeats=3) if toy else {})], "batch"))
         # Few at a time: all that are compared are compiled, and held in memory, together.
         group_size, those = (2, CONTENDERS[:6]) if size == "770m" else (3, CONTENDERS)
         groups = [CONTENDERS[:3]] if toy else [
@@ -250,7 +258,7 @@ def report(settings: GpuSettings, out: Path, facts: dict) -> dict:
     figures = {}
     for part in parts(settings):
         file, run = out / f"{part.name}.json", out / "runs" / part.name.removeprefix("train_")
-        if part.kind in ("exactness", "speed") and file.exists():
+        if part.kind in TABLES and file.exists():
             figures[part.name] = json.loads(read_bytes(file))
         elif part.kind == "training" and (run / "metrics.jsonl").exists():
             figures[part.name] = [{key: record.get(key) for key in (
@@ -271,11 +279,10 @@ def markdown(settings: GpuSettings, data: dict) -> str:
         said = f": {row['said']}" if row["status"] == "failed" else ""
         lines.append(f"| {part.name} | {row['status']}{said} | {row['seconds']:.0f} |")
     for part in parts(settings):
-        if part.name in figures and part.kind != "training":
-            table = exactness.table if part.kind == "exactness" else bench.table
+        if part.name in figures and part.kind in TABLES:
             words = [word for word in part.words if not word.startswith("--json=")]
             lines += ["", f"## {part.name}", "", f"`python {shlex.join(words)}`", "",
-                      table(figures[part.name])]
+                      TABLES[part.kind](figures[part.name])]
     trained = {name: rows for name, rows in figures.items() if name.startswith("train_")}
     if trained:
         lines += ["", "## Training 30M", "", f"{settings.max_iters:,} steps of "

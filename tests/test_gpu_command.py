@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments import exactness, gpu
+import train
+from experiments import exactness, gpu, micro_batch
 from experiments.gpu import Part
 from tests.conftest import ROOT
 
@@ -23,7 +25,7 @@ def test_a_rehearsal_runs_to_its_end(data_dir, tmp_path, capsys):
     assert "all done" in capsys.readouterr().out
     data = json.loads((out / "report.json").read_text())
     assert {row["status"] for row in data["state"].values()} == {"done"}
-    assert set(data["figures"]) == {"exactness", "speed_30m", *(
+    assert set(data["figures"]) == {"exactness", "batch_30m", "speed_30m", *(
         f"train_{name}" for name in gpu.TRAININGS)}
     page = (out / "README.md").read_text()
     assert page.startswith("# cpu (a rehearsal at toy sizes: no GPU figure)")
@@ -146,6 +148,28 @@ def test_a_state_of_something_else_is_refused(tmp_path, refused):
         (tmp_path / "state.json").write_text(content)
         assert "is not what this command writes" in refused(
             gpu.main, [f"--out_dir={tmp_path}", *ARGUMENTS])
+
+
+def test_micro_batches_double_until_one_is_out_of_memory(tmp_path, monkeypatch, capsys):
+    passes = train.differentiate_largest_micro_batch
+    seen = []
+
+    def until_it_is_full(run):
+        part, = run.micro_batches
+        seen.append(part.stop - part.start)
+        if seen[-1] > 4:
+            raise torch.OutOfMemoryError("full")
+        passes(run)
+
+    monkeypatch.setattr(train, "differentiate_largest_micro_batch", until_it_is_full)
+    micro_batch.main(["config/quickstart.py", "--device=cpu", "--n_layer=1", "--first=2",
+                      "--repeats=3", f"--json={tmp_path / 'x.json'}"])
+    assert seen == [2] * 4 + [4] * 4 + [8]
+    data = json.loads((tmp_path / "x.json").read_text())
+    assert data["failed"] == 8 and [row["size"] for row in data["rows"]] == [2, 4]
+    fastest = max(data["rows"], key=lambda row: row["tokens_per_second"])["size"]
+    out = capsys.readouterr().out
+    assert f"fastest with batch_size = {fastest}\n" in out and "| 8 | out of memory |" in out
 
 
 def test_a_difference_beyond_its_tolerance_is_reported(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,8 @@ For the others first prepare a parquet file of books, in bytes and in GPT-2's to
 
 The pictures are drawn from the stored runs of every setting that is there:
 
-    python -m experiments.study --picture=results/study.svg
+    python -m experiments.study --picture=results/study_speed_ups.svg
+    python -m experiments.study --sizes_picture=results/study_sizes.svg
 
 Each setting is a leaderboard (experiments.leaderboard) of the contenders below. --dry_run lists
 them. In --out_dir: SETTING.md and SETTING.json; the latter belongs in results/runs.
@@ -59,6 +60,7 @@ CONTENDERS = {
 HEADLINE = ("AdamW", "Sophia-G", "controlled gamma", "Muon", "metric Muon", "metric Muon (GNB)",
             "SOAP")
 FOUR = ("AdamW", "controlled gamma", "Muon", "metric Muon")
+FIVE = (*FOUR, "metric Muon (GNB)")
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,11 @@ SETTINGS = {
     "stdlib": Setting(_model(3, 48, 64, 32, "stdlib"), "200,400,800"),
     "books_bytes": Setting(_model(3, 48, 64, 32, "books-bytes"), "200,400,800",
                            contenders=HEADLINE),
-    # four times the batch, and as many steps: what is left of each advantage as the batch grows
-    "books_bytes_x4": Setting(_model(3, 48, 64, 128, "books-bytes"), "200,400,800",
-                              contenders=HEADLINE),
+    # up to T = 400, with this batch and with four times as much: what is left of each advantage
+    "books_bytes_400": Setting(_model(3, 48, 64, 32, "books-bytes"), "100,200,400",
+                               contenders=FIVE),
+    "books_bytes_x4": Setting(_model(3, 48, 64, 128, "books-bytes"), "100,200,400",
+                              contenders=FIVE),
     # 0.44M and 2.2M parameters in blocks
     "books_bytes_w96": Setting(_model(4, 96, 64, 32, "books-bytes"), "200,400,800",
                                longer="3", contenders=FOUR),
@@ -101,7 +105,8 @@ class StudySettings(RunSettings):
 
     setting: str = option("stdlib", f"one of {', '.join(SETTINGS)}", section="study")
     picture: str = option("", "file that receives a picture of the stored runs; trains nothing")
-    stored: str = option("results/runs", "folder with study_SETTING.json, for the picture")
+    sizes_picture: str = option("", "the same: speed-ups and rates over widths and batches")
+    stored: str = option("results/runs", "folder with study_SETTING.json, for the pictures")
     dry_run: bool = option(False, "print the contenders and the number of runs, and exit")
 
     def check(self) -> None:
@@ -133,22 +138,36 @@ def remake(data: dict) -> str:
     return leaderboard.markdown(*stored_board(data))
 
 
+def stored_boards(stored: Path) -> dict[str, tuple[LeaderboardSettings, list[Outcome]]]:
+    """Returns the leaderboards whose runs are stored; raises ConfigError where there are none."""
+    boards = {name: stored_board(json.loads(read_bytes(path))) for name in SETTINGS
+              if (path := stored / f"study_{name}.json").exists()}
+    if not boards:
+        raise ConfigError(f"{stored} holds no study_SETTING.json; make the runs first", "stored")
+    return boards
+
+
+def compared(settings: LeaderboardSettings, outcomes: list[Outcome]) -> dict[str, judge.Row]:
+    """Returns what is said of each contender that did not diverge, at the longest T."""
+    base, *others = outcomes
+    rows = judge.compare(base.losses(), {o.contender.name: o.losses() for o in others},
+                         settings.lengths[-1])
+    return {name: row for name, row in rows.items() if math.isfinite(row.mean)}
+
+
 def draw(stored: Path, file: Path) -> None:
     """Draws the speed-ups at the longest T with their intervals, a panel for each stored setting;
     writes `file` and a .png beside it. Raises ConfigError where nothing is stored."""
-    boards = {}
-    for name in SETTINGS:
-        if (path := stored / f"study_{name}.json").exists():
-            boards[name] = stored_board(json.loads(read_bytes(path)))
-    if not boards:
-        raise ConfigError(f"{stored} holds no study_SETTING.json; make the runs first", "stored")
-    picture, grid = pyplot().subplots(
-        1, len(boards), figsize=(5.2 * len(boards), 4.2), layout="constrained", squeeze=False)
-    for axes, (name, (settings, outcomes)) in zip(grid[0], boards.items(), strict=True):
-        base, *others = outcomes
-        T = settings.lengths[-1]
-        rows = judge.compare(base.losses(), {o.contender.name: o.losses() for o in others}, T)
-        rows = {name: row for name, row in rows.items() if math.isfinite(row.mean)}
+    boards = stored_boards(stored)
+    columns = min(3, len(boards))
+    lines = -(-len(boards) // columns)
+    picture, grid = pyplot().subplots(lines, columns, figsize=(5.2 * columns, 4.2 * lines),
+                                      layout="constrained", squeeze=False)
+    for axes in grid.flat[len(boards):]:
+        axes.set_visible(False)
+    for axes, (name, (settings, outcomes)) in zip(grid.flat, boards.items(), strict=False):
+        base, T = outcomes[0], settings.lengths[-1]
+        rows = compared(settings, outcomes)
         order = sorted(rows, key=lambda name: -rows[name].mean)
         for y, contender in enumerate(order):
             speed = rows[contender].speed_up
@@ -164,12 +183,59 @@ def draw(stored: Path, file: Path) -> None:
     save_figure(picture, file, file.with_suffix(".png"))
 
 
+WIDTHS = ("books_bytes", "books_bytes_w96", "books_bytes_w192")
+BATCHES = ("books_bytes_400", "books_bytes_x4")
+
+
+def draw_sizes(stored: Path, file: Path) -> None:
+    """Draws speed-ups at the longest T over parameters and over tokens per step, and the best rates
+    over widths; writes `file` and a .png beside it. Raises ConfigError as `stored_boards` does."""
+    boards = stored_boards(stored)
+    picture, (widths, batches, rates) = pyplot().subplots(
+        1, 3, figsize=(15, 4.4), layout="constrained")
+    for axes, names, label, size in (
+            (widths, WIDTHS, "parameters in blocks", lambda run: run.config.n_layer
+             * run.plan.block_parameters),
+            (batches, BATCHES, "tokens per step", lambda run: run.config.tokens_per_step)):
+        lengths = set()
+        for i, name in enumerate(FIVE[1:]):
+            points = []
+            for board in (boards[key] for key in names if key in boards):
+                settings, outcomes = board
+                lengths.add(settings.lengths[-1])
+                if row := compared(*board).get(name):
+                    run = outcomes[0].runs[settings.lengths[-1]][0]
+                    points.append((size(run) * 1.04 ** (i - 1.5), row.speed_up))
+            if points:
+                x, found = zip(*points, strict=True)
+                spread = [[s.value - s.low for s in found], [s.high - s.value for s in found]]
+                axes.errorbar(x, [s.value for s in found], yerr=spread, fmt="o-", capsize=3,
+                              color=COLOURS[i], label=name)
+        axes.axhline(1, color=COLOURS[-1], linewidth=1)
+        axes.set(xscale="log", xlabel=label, ylabel="steps of AdamW per step (95 % interval)")
+        axes.set_title(f"Books, bytes, {', '.join(f'{T:,}' for T in lengths)} steps", loc="left")
+    for i, name in enumerate(FOUR):
+        found = [(outcomes[0].runs[settings.lengths[-1]][0].config.n_embd, outcome.setting.rate)
+                 for settings, outcomes in (boards[key] for key in WIDTHS if key in boards)
+                 for outcome in outcomes if outcome.contender.name == name]
+        rates.plot(*zip(*found, strict=True), "o-", color=COLOURS[i - 1], label=name)
+    rates.set(xscale="log", yscale="log", xlabel="width", ylabel="best peak learning rate")
+    rates.set_title("The best rates (seed 0)", loc="left")
+    for axes in (widths, batches, rates):
+        clear_frame(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    save_figure(picture, file, file.with_suffix(".png"))
+
+
 @command()
 def main(argv: list[str]) -> None:
     """Runs the command."""
     settings, _ = load(StudySettings, argv, "python -m experiments.study [--key=value]")
-    if settings.picture:
-        draw(Path(settings.stored), Path(settings.picture))
+    if settings.picture or settings.sizes_picture:
+        for file, drawing in ((settings.picture, draw), (settings.sizes_picture, draw_sizes)):
+            if file:
+                drawing(Path(settings.stored), Path(file))
         return
     of, out = board(settings), Path(settings.out_dir)
     if settings.dry_run:

@@ -308,8 +308,8 @@ class Recorded(Result):
     config = None
 
 
-def recorded(tmp_path, losses, warmup=0, unclipped=0.3):
-    result = Recorded("r", tmp_path, False)
+def recorded(tmp_path, losses, warmup=0, unclipped=0.3, diverged=False):
+    result = Recorded("r", tmp_path, diverged)
     object.__setattr__(result, "records", [
         {"step": i, "train/loss": loss, "val/loss": loss,
          "unclipped_fraction": unclipped[i] if isinstance(unclipped, list) else unclipped}
@@ -411,13 +411,14 @@ def test_a_gamma_within_the_range_is_taken_and_diverging_runs_are_reported(tmp_p
 def test_short_runs_correct_h_for_its_bias_unless_they_are_the_config_s_own(
         tmp_path, monkeypatch, capsys):
     def run_all(self, specs):
-        seen.append(specs[0].config())
-        loss = 2 + abs(math.log2(seen[-1].learning_rate / 6e-4))
-        return [recorded(tmp_path, [3] * 5 + [loss] * 5)]
+        configs = [spec.config() for spec in specs]
+        seen.extend(configs)
+        return [recorded(tmp_path, [3] * 5 + [2 + abs(math.log2(c.learning_rate / 6e-4))] * 5)
+                for c in configs]
 
     monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
     for optimizer, steps, find, corrected in (
-            ("optimizer=sophiag", 100, "both", True), ("optimizer=sophiag", 500, "both", False),
+            ("optimizer=sophiag", 100, "all", True), ("optimizer=sophiag", 500, "all", False),
             ("optimizer=adamw", 100, "rate", False),
             ("optimizer=sophiag,gamma_target=0.9", 100, "rate", False)):
         seen = []
@@ -496,12 +497,57 @@ def test_gamma_and_rate_are_printed_as_config_lines(quick, tmp_path, capsys):
     gamma.main([f"--config=optimizer=sophiag,{flags}", "--steps=20", f"--out_dir={tmp_path}",
                 "--most=14"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith("gamma = ") and lines[-1].startswith("learning_rate = ")
+    assert [line.partition(" = ")[0] for line in lines[-3:]] == ["gamma", "beta1", "learning_rate"]
+
+
+@pytest.mark.parametrize("own, losses, found, searches", [
+    (0.96, {0.8: 2.0, 0.9: 2.1, 0.96: 2.5}, 0.8, 2),
+    (0.96, {0.8: 2.0, 0.9: 2.1, 0.96: 2.01}, 0.96, 1),
+    (0.85, {0.8: 2.2, 0.85: 2.1, 0.9: 2.0, 0.96: math.inf}, 0.9, 2)])
+def test_the_best_beta1_is_found_and_gamma_again_after_a_change(
+        own, losses, found, searches, tmp_path, monkeypatch):
+    """Unclipped is gamma / (gamma + 1), with another beta1 gamma / (gamma + 20)."""
+    def run_all(self, specs):
+        configs = [spec.config() for spec in specs]
+        seen.extend((spec.name.partition("_")[0], c.gamma, c.beta1)
+                    for spec, c in zip(specs, configs, strict=True))
+        return [recorded(
+            tmp_path / spec.name, [3, losses[c.beta1]], diverged=losses[c.beta1] == math.inf,
+            unclipped=c.gamma / (c.gamma + (20 if c.beta1 != own else 1)))
+            for spec, c in zip(specs, configs, strict=True)]
+
+    seen: list[tuple] = []
+    monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
+    monkeypatch.setattr(gamma, "find_rate", lambda *args: 0.5)
+    settings = load(gamma.GammaSettings, [f"--config=optimizer=sophiag,gamma=0.5,beta1={own}"],
+                    "")[0]
+    result = gamma.search(settings)
+    assert result["beta1"] == found and result["learning_rate"] == 0.5
+    assert {beta1 for name, _, beta1 in seen if name == "beta1"} == losses.keys()
+    assert len({beta1 for name, _, beta1 in seen if name == "gamma"}) == searches
+    assert (result["gamma"] > 2) == (found != own)
+
+
+def test_where_there_is_no_gamma_or_no_beta1_the_rest_is_found(tmp_path, monkeypatch, capsys):
+    seen: list[str] = []
+
+    def run_all(self, specs):
+        seen.extend(spec.name.partition("_")[0] for spec in specs)
+        return [recorded(tmp_path / spec.name, [3] * 10) for spec in specs]
+
+    monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
+    for config, searched in (("optimizer=sophiag,gamma_target=0.9", {"beta1", "rate"}),
+                             ("optimizer=adamw", {"beta1", "rate"}),
+                             ("optimizer=torch.optim:NAdam", {"rate"})):
+        seen.clear()
+        gamma.search(load(gamma.GammaSettings, [f"--config={config}"], "")[0])
+        assert set(seen) == searched, config
 
 
 @pytest.mark.parametrize("flags, words", [
     ([], "config is not given"),
     (["--config=config/quickstart.py", "--find=gamma"], "controls gamma itself"),
+    (["--config=optimizer=torch.optim:NAdam", "--find=beta1"], "beta1 has no effect on optimizer"),
     (["--config=config/nothing.py"], "not found")])
 def test_gamma_refuses_mistakes_in_words(refused, flags, words):
     assert words in refused(gamma.main, flags)

@@ -304,5 +304,7 @@ def test_the_picture_is_drawn_from_the_stored_runs(tmp_path, refused):
     study.main([f"--picture={tmp_path / 'x.svg'}"])
     text = (tmp_path / "x.svg").read_text()
     assert text.startswith("<?xml") and (tmp_path / "x.png").stat().st_size > 10_000
+    study.main([f"--sizes_picture={tmp_path / 'z.svg'}"])
+    assert (tmp_path / "z.png").stat().st_size > 10_000
     assert "holds no study_SETTING.json; make the runs first" in refused(
         study.main, [f"--picture={tmp_path / 'y.svg'}", f"--stored={tmp_path}"])

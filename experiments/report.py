@@ -29,6 +29,7 @@ from experiments import (
     sampling,
     shakespeare,
     speed,
+    starting_values,
     study,
 )
 from nanosophia.command import command
@@ -58,7 +59,8 @@ EXPERIMENTS: dict[str, Callable[[dict], str]] = {
     "leaderboard": leaderboard.remake,
     "speed": speed.table, "memory": memory.table, "shakespeare": shakespeare.remake,
     "optimizer_steps": optimizer_steps.table, "preparation": preparation.table,
-    "sampling": sampling.table, "study": study.remake}
+    "sampling": sampling.table, "study": study.remake,
+    "starting_values": starting_values.remake}
 
 
 def block(path: Path) -> str:

@@ -6,7 +6,15 @@ import math
 import numpy as np
 import pytest
 
-from experiments import every_optimizer, judge, leaderboard, report, runs, study
+from experiments import (
+    every_optimizer,
+    judge,
+    leaderboard,
+    report,
+    runs,
+    starting_values,
+    study,
+)
 from experiments.leaderboard import Contender, LeaderboardSettings, Setting, tune
 from experiments.runs import RunSpec
 from nanosophia import optimizers
@@ -308,3 +316,27 @@ def test_the_picture_is_drawn_from_the_stored_runs(tmp_path, refused):
     assert (tmp_path / "z.png").stat().st_size > 10_000
     assert "holds no study_SETTING.json; make the runs first" in refused(
         study.main, [f"--picture={tmp_path / 'y.svg'}", f"--stored={tmp_path}"])
+
+
+def test_starting_values_are_tuned_at_each_size_and_their_table_is_made_again(
+        data_dir, tmp_path, capsys, refused):
+    command = [f"--dataset={data_dir}", "--tokens=256,128", "--max_iters=20", "--budget=4",
+               "--jobs=2", f"--out_dir={tmp_path}",
+               "--flags=--n_layer=1 --n_embd=8 --device=cpu --dtype=float32 --eval_windows=4"]
+    starting_values.main(command)
+    out = capsys.readouterr().out
+    data = json.loads((tmp_path / "starting_values.json").read_text())
+    assert {name: len(group) for name, group in data["groups"].items()} == {
+        "128": 4 * 7, "256": 4 * 7}
+    settings = [run["config"] | data["common"] for run in data["groups"]["256"]]
+    assert {(c["total_batch_size"], c["hessian_batch_size"]) for c in settings
+            if c["optimizer"] == "sophiag"} == {(4, 2)}
+    table = report.block(tmp_path / "starting_values.json").partition("; ")[2]
+    assert out.endswith(table + "\n")
+    rows = [line.split(" | ") for line in table.splitlines() if line[:3] in ("| 1", "| 2")]
+    assert [row[0] for row in rows] == ["| 128", "| 256"]
+    for row, group in zip(rows, data["groups"].values(), strict=True):
+        losses = [run["records"]["val/loss"][-1] for run in group
+                  if run["name"].startswith("Sophia-G, controlled gamma 0.9_")]
+        assert row[-2].startswith(f"{min(losses):.3f} (x ")
+    assert "are not multiples of 64" in refused(starting_values.main, ["--tokens=100"])

@@ -1,11 +1,13 @@
 """Ranks: joining, wrapping, leaving."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from nanosophia import distributed
 from nanosophia.distributed import Ranks, _attempt_store
 from tests.conftest import torchrun
 
@@ -79,3 +81,15 @@ def test_every_row_is_one_ranks_whatever_divides(total, largest, world, count):
     assert rows == list(range(total))
     if count == 1 and total // world >= -(-total // (world * largest)):
         assert len(set(numbers)) == 1  # they run in step
+
+
+def test_small_tensors_are_reduced_together_and_each_once(monkeypatch):
+    monkeypatch.setattr(distributed, "BUCKET", 100)
+    tensors = [torch.empty(n, dtype=dtype, device="meta") for n, dtype in (
+        (30, torch.float32), (1, torch.int64), (60, torch.float32), (500, torch.float32),
+        (20, torch.float32), (0, torch.float32), (2, torch.int64))]
+    buckets = distributed._buckets(tensors)
+    assert sorted(map(id, chain(*buckets))) == sorted(map(id, tensors))
+    sizes = [[t.numel() for t in bucket] for bucket in buckets]
+    assert sizes == [[30, 60], [500], [20, 0], [1, 2]]
+    assert all(len({t.dtype for t in bucket}) == 1 for bucket in buckets)

@@ -180,6 +180,7 @@ def contender_config(settings: BenchSettings, sources: dict[str, str], text: str
         sources = {key: source for key, source in sources.items()
                    if key not in known.defaults or source.startswith("flag")}
     config = with_own_defaults(Config(**values), sources | own_sources)
+    config.check_world(world_size())
     check(config, world_size())
     return config
 

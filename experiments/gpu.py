@@ -120,7 +120,8 @@ def parts(settings: GpuSettings) -> list[Part]:
         found.append(Part(f"batch_{size}", [
             "-m", "experiments.micro_batch", f"config/{SIZES[size]}_adamw.py", *_flags(
                 device, dict(first=SMALLEST[size], json=out / f"batch_{size}.json"),
-                TOY | dict(vocab_size=512, first=1, last=4, repeats=3) if toy else {})], "batch"))
+                {key: value for key, value in TOY.items() if key != "batch_size"}
+                | dict(vocab_size=512, first=1, last=4, repeats=3) if toy else {})], "batch"))
         # Few at a time: all that are compared are compiled, and held in memory, together.
         group_size, those = (2, CONTENDERS[:6]) if size == "770m" else (3, CONTENDERS)
         groups = [CONTENDERS[:3]] if toy else [

@@ -3,13 +3,15 @@
     python -m experiments.micro_batch config/train_gpt2_small_adamw.py --first=8 --json=FILE
 
 Each size has a model of its own, compiled for it where --compile is on. Timed is what a step makes
-per micro-batch, a forward and a backward pass on random tokens; the peak memory is of these passes,
+per micro-batch, a forward and a backward pass on random tokens, in one process; the optimizer and
+the batch sizes of a config are left aside. Of a GPU the peak memory is told: of these passes,
 parameters and gradients, without the optimizer's state, whose bytes --dry_run counts.
 """
 
 if __name__ == "__main__":
     import nanosophia.startup  # noqa: F401
 
+import gc
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +22,8 @@ import torch
 import bench
 import train
 from nanosophia.command import command
-from nanosophia.configurator import load, option
-from nanosophia.distributed import Ranks, start_ranks
+from nanosophia.configurator import ConfigError, load, option
+from nanosophia.distributed import Ranks, start_ranks, world_size
 from nanosophia.metrics import peak_flops
 from nanosophia.options import Config
 
@@ -34,6 +36,14 @@ class MicroBatchSettings(Config):
     last: int = option(1024, "sequences of the largest that is tried", low=1)
     repeats: int = option(7, "timed passes of each size", low=3)
     json: str = option("", "file that receives the measurements; empty = none")
+
+    def check(self) -> None:
+        super().check()
+        if self.first > self.last:
+            raise ConfigError(f"first = {self.first} is more than last = {self.last}: no size is "
+                              "left to try; lower first", "first", "last")
+        if world_size() > 1:
+            raise ConfigError("micro-batches are timed in one process; start it without torchrun")
 
 
 def search(settings: MicroBatchSettings) -> dict:
@@ -54,6 +64,7 @@ def time_size(settings: MicroBatchSettings, size: int, ranks: Ranks, peak: float
     """Returns what a pass on so many sequences takes; raises torch.OutOfMemoryError."""
     if ranks.device.type == "cuda":
         torch.compiler.reset()  # what was compiled for another size
+        gc.collect()  # and its model, which the compiler leaves in a cycle
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(ranks.device)
     config = replace(Config(**{key: value for key, value in vars(settings).items()
@@ -71,7 +82,8 @@ def time_size(settings: MicroBatchSettings, size: int, ranks: Ranks, peak: float
     tokens = size * config.block_size
     return dict(size=size, ms=1e3 * seconds, tokens_per_second=tokens / seconds,
                 mfu=tokens * run.model.flops_per_token() / seconds / peak if peak else None,
-                peak_bytes=bench.peak_memory(ranks.device), dtype=run.config.dtype,
+                peak_bytes=bench.peak_memory(ranks.device) if ranks.device.type == "cuda" else None,
+                dtype=run.config.dtype,
                 parameters=run.model.num_params(non_embedding=False))
 
 
@@ -91,8 +103,9 @@ def table(data: dict) -> str:
     lines += ["| sequences | ms | tokens/s | MFU | peak MiB |", "|---|---|---|---|---|"]
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else "-"
+        peak = f"{row['peak_bytes'] >> 20:,}" if row["peak_bytes"] else "-"
         lines.append(f"| {row['size']} | {row['ms']:.1f} | {row['tokens_per_second']:,.0f} | {mfu} "
-                     f"| {row['peak_bytes'] >> 20:,} |")
+                     f"| {peak} |")
     if data["failed"]:
         lines.append(f"| {data['failed']} | out of memory | | | |")
     return "\n".join(lines)
@@ -101,8 +114,12 @@ def table(data: dict) -> str:
 @command()
 def main(argv: list[str]) -> None:
     """Runs the command."""
-    settings, _ = load(MicroBatchSettings, argv,
-                       "python -m experiments.micro_batch [config/FILE.py] [--key=value]")
+    settings, sources = load(MicroBatchSettings, argv,
+                             "python -m experiments.micro_batch [config/FILE.py] [--key=value]")
+    for key in ("batch_size", "total_batch_size", "optimizer"):
+        if sources.get(key, "").startswith("flag"):
+            raise ConfigError(f"{key} has no effect on a micro-batch alone; leave it out, and give "
+                              "the sizes as first and last", key)
     if settings.json:
         bench.check_place("json", Path(settings.json))
     found = search(settings)

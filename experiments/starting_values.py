@@ -50,8 +50,8 @@ class StartingSettings(RunSettings):
     def check(self) -> None:
         super().check()
         if any(n % CONTEXT or n < 2 * CONTEXT for n in parse_numbers(self, "tokens")):
-            raise ConfigError(f"tokens = {self.tokens!r} are not multiples of {CONTEXT}, the "
-                              f"context, from {2 * CONTEXT} on", "tokens")
+            raise ConfigError(f"tokens = {self.tokens!r}: each must be a multiple of {CONTEXT}, "
+                              f"the context, and at least {2 * CONTEXT}", "tokens")
 
     @property
     def sizes(self) -> list[int]:

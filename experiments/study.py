@@ -189,8 +189,11 @@ BATCHES = ("books_bytes_400", "books_bytes_x4")
 
 def draw_sizes(stored: Path, file: Path) -> None:
     """Draws speed-ups at the longest T over parameters and over tokens per step, and the best rates
-    over widths; writes `file` and a .png beside it. Raises ConfigError as `stored_boards` does."""
+    over widths; writes `file` and a .png beside it. Raises ConfigError where runs are missing."""
     boards = stored_boards(stored)
+    if len(boards.keys() & set(WIDTHS)) < 2:
+        raise ConfigError(f"{stored} has no two of {', '.join(WIDTHS)}; make those runs first",
+                          "stored")
     picture, (widths, batches, rates) = pyplot().subplots(
         1, 3, figsize=(15, 4.4), layout="constrained")
     for axes, names, label, size in (
@@ -223,8 +226,10 @@ def draw_sizes(stored: Path, file: Path) -> None:
     rates.set_title("The best rates (seed 0)", loc="left")
     for axes in (widths, batches, rates):
         clear_frame(axes)
-        if axes.get_legend_handles_labels()[0]:
+        if any(line.get_label()[0] != "_" for line in (*axes.lines, *axes.containers)):
             axes.legend(frameon=False)
+        else:
+            axes.set_visible(False)  # its runs are not stored
     save_figure(picture, file, file.with_suffix(".png"))
 
 

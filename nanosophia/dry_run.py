@@ -126,14 +126,17 @@ def training_rows(config: Config, gpus: int) -> int:
     return _largest(_last(gpus).micro_batches(config.total_batch_size, config.batch_size))
 
 
-def estimate_rows(plan: Plan, gpus: int) -> int:
-    """Returns the sequences of the largest micro-batch of an estimate, 0 without estimates."""
-    if not plan.estimates:
-        return 0
+def estimate_chunks(plan: Plan, gpus: int) -> list[list[slice]]:
+    """Returns a GPU's chunks of an estimate, in micro-batches."""
     c = plan.config
     rows = largest_estimate_rows(c, plan.parameters, plan.second_derivatives)
-    return _largest(chain(*_last(gpus).chunks(c.hessian_batch_size, c.hessian_chunks, rows,
-                                              shared=c.shards(gpus) > 1)))
+    return _last(gpus).chunks(c.hessian_batch_size, c.hessian_chunks, rows,
+                              shared=c.shards(gpus) > 1)
+
+
+def estimate_rows(plan: Plan, gpus: int) -> int:
+    """Returns the sequences of the largest micro-batch of an estimate, 0 without estimates."""
+    return _largest(chain(*estimate_chunks(plan, gpus))) if plan.estimates else 0
 
 
 def usable(config: Config, device_bytes: float) -> float:
@@ -195,14 +198,18 @@ def _largest(parts: Iterable[slice]) -> int:
 def memory(plan: Plan, gpus: int) -> Memory:
     """Returns bytes per rank: float32 parameters, gradients, state; bfloat16 copies to compute."""
     config, N, B = plan.config, plan.parameters, plan.block_parameters
-    shards, copies, gathered = 1, 2 * N, 0
+    shards, copies, gathered = 1, 2 * N, (0, 0)
     if config.shards(gpus) > 1:
         shards = config.shards(gpus)
         copies = 2 * (N - config.n_layer * B + 2 * B)  # the root's and two blocks'
-        gathered = copies  # gradients, before they are reduced
-    training = step_bytes(config, N // shards, training_rows(config, gpus)) + gathered
+        # Gradients before they are reduced: of two blocks, or of all where they are accumulated.
+        gathered = (copies, 4 * N)
+    training = step_bytes(config, N // shards, training_rows(config, gpus)) + gathered[
+        len(_last(gpus).micro_batches(config.total_batch_size, config.batch_size)) > 1]
     estimate = estimate_bytes(config, N // shards, estimate_rows(plan, gpus),
-                              plan.second_derivatives) + gathered if plan.estimates else 0
+                              plan.second_derivatives) + gathered[any(
+                                  len(chunk) > 1 for chunk in estimate_chunks(plan, gpus))] \
+        if plan.estimates else 0
     return Memory(4 * N // shards + copies, plan.state_bytes // shards, training, estimate)
 
 

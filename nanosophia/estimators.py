@@ -31,9 +31,10 @@ class Estimator(NamedTuple):
 
     `estimate(forward, inputs, targets, chunks, seed, scale)` returns one tensor per parameter.
     `forward` is called as the model is (`model.GPT.forward`); `inputs` and `targets` (rows, T) are
-    this rank's rows, and `chunks` their places in the step's batch: lists of micro-batches, in
-    order (`Ranks.chunks`), none where the rank has no rows. `seed` depends on the step alone.
-    `scale`, None for 1, is a factor on the summed losses while they are differentiated (float16).
+    the rows from this rank's first to its last, and `chunks` its own rows' places in the step's
+    batch: lists of micro-batches, in order (`Ranks.chunks`), none where the rank has no rows.
+    `seed` depends on the step alone. `scale`, None for 1, is a factor on the summed losses while
+    they are differentiated (float16).
     """
 
     estimate: Callable[[Callable[..., Tensor], Tensor, Tensor, Chunks, int, Tensor | None],

@@ -160,10 +160,12 @@ def _check_sharding(config: Config, entry: "OptimizerSpec", world_size: int) -> 
     for key, count in parts.items():
         rows = getattr(config, key) // count
         if rows // world_size < -(-rows // (world_size * (config.batch_size or rows))):
-            chunk = f" in {count} chunks, of which every rank takes rows," if count > 1 else ""
+            chunk = f" in hessian_chunks = {count}, of which every rank takes rows," \
+                if count > 1 else ""
+            fewer = ", fewer chunks" if count > 1 else ""
             raise ConfigError(f"{key} = {rows * count}{chunk} gives some of {world_size} ranks "
                               "fewer micro-batches than others, and parallel = fsdp needs them to "
-                              f"run in step; choose a multiple of {world_size * count}, or use "
+                              f"run in step; choose a multiple of {world_size * count}{fewer}, or "
                               "--parallel=ddp", key, "parallel")
 
 

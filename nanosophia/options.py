@@ -264,12 +264,12 @@ class Config(Settings, GPTOptions):
         raise LookupError(key)
 
     def shards(self, world_size: int) -> int:
-        """Returns how many of so many ranks share one copy of the model."""
+        """Returns how many of so many ranks share one copy of the model; a single rank has its own.
+        """
         return min(self.shard_ranks or world_size, world_size) if self.parallel == "fsdp" else 1
 
-    def check_world(self, world_size: int) -> None:
-        """Raises ConfigError unless `world_size` ranks make whole copies of the model, and every
-        one gets a row of the batch."""
+    def check_shards(self, world_size: int) -> None:
+        """Raises ConfigError unless `world_size` ranks make whole copies of the model."""
         if self.shard_ranks and self.parallel != "fsdp":
             raise ConfigError(f"shard_ranks = {self.shard_ranks} has no effect with parallel = "
                               f"{self.parallel}; leave it out, or give --parallel=fsdp",
@@ -280,6 +280,11 @@ class Config(Settings, GPTOptions):
         if self.shard_ranks and world_size > 1 and world_size % self.shard_ranks:
             raise ConfigError(f"shard_ranks = {self.shard_ranks} does not divide the {world_size} "
                               "ranks; choose a divisor, as many as a machine has", "shard_ranks")
+
+    def check_world(self, world_size: int) -> None:
+        """Raises ConfigError unless every one of `world_size` ranks gets a row of the batch, and
+        they make whole copies of the model."""
+        self.check_shards(world_size)
         if self.total_batch_size < world_size:
             raise ConfigError(f"total_batch_size = {self.total_batch_size} is less than the "
                               f"{world_size} ranks, which each need a row; raise it, or start "

@@ -52,9 +52,9 @@ RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer",
             "optimizer_args", "metric_rest"}
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "checkpoint", "reset_optimizer", "device", "dtype",
-              "parallel", "activation_checkpointing", "loss_chunk", "compile", "compile_optimizer",
-              "eval_only", "print_config", "dry_run", "dry_run_gpu", "dry_run_memory",
-              "dry_run_mfu"}
+              "parallel", "shard_ranks", "activation_checkpointing", "loss_chunk", "compile",
+              "compile_optimizer", "eval_only", "print_config", "dry_run", "dry_run_gpu",
+              "dry_run_memory", "dry_run_mfu"}
 BRANCH = re.compile(r"(.+)@(\d+)")  # init_from = RUN@STEP
 # Model settings that a user may override when starting from foreign weights.
 OVERRIDABLE_KEYS = {"activation", "dropout"}
@@ -181,6 +181,7 @@ def _resolve(config: Config, sources: dict[str, str], ranks: Ranks) -> Start:
     if not config.eval_only or spec(config.optimizer) is None:
         check_settings(config, sources, checkpoint)
     else:
+        config.check_shards(ranks.world_size)
         config = replace(config, hessian_chunks=1)  # not checked, since no step is made
     notes += other_optimizers_settings(config, sources)
     data = open_dataset(config.dataset, config.block_size, config.bare_tokens)

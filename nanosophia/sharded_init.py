@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from nanosophia.distributed import Ranks, shard_like, to_local
+from nanosophia.distributed import Ranks, is_sharded, to_local
 
 
 class InitialValues:
@@ -39,4 +39,10 @@ class InitialValues:
         model.to_empty(device=ranks.device)
         for name, value in self.draw():
             p = model.get_parameter(name)
-            to_local(p).copy_(to_local(shard_like(value.to(ranks.device), p)))
+            parts, own = (value,), 0
+            if is_sharded(p):  # in its mesh's last dimension, by rows, as torch.chunk splits them
+                last = p.device_mesh.ndim - 1
+                parts = value.chunk(p.device_mesh.size(last))
+                own = p.device_mesh.get_local_rank(last)
+            if own < len(parts):
+                to_local(p).copy_(parts[own])

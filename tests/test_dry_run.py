@@ -152,6 +152,21 @@ def test_copies_of_the_shards_leave_each_rank_as_much():
     assert dry_run.memory(everywhere, 64).state == pytest.approx(large.state / 8)
 
 
+def test_shards_that_accumulate_hold_all_gradients_until_they_are_reduced():
+    def training(rows, chunks=1):
+        plan = dry_run.plan(resolved("--parallel=fsdp", f"--batch_size={rows}",
+                                     "--total_batch_size=480", f"--hessian_chunks={chunks}"))
+        return plan, dry_run.memory(plan, 8)
+
+    plan, several = training(30)
+    _, one = training(60)  # of twice as many rows
+    blocks = 2 * (plan.parameters - 10 * plan.block_parameters)  # two of twelve, in bfloat16
+    activations = one.training - blocks - 4 * plan.parameters // 8
+    assert several.training == pytest.approx(
+        activations / 2 + 4 * plan.parameters + 4 * plan.parameters // 8, rel=1e-3)
+    assert several.training - activations / 2 > one.training - activations
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--optimizer=foo"], "optimizer = 'foo' is none of"),
     (["--optimizer=adamw"], "gamma_target = 0.9 has no effect on optimizer = adamw")])

@@ -95,11 +95,11 @@ def test_the_number_of_ranks_may_change_on_resume(tiny, tmp_path, ranks, paralle
     one, parts = tmp_path / "one", tmp_path / "parts"
     common = ("--dtype=float64", "--batch_size=1", "--keep_checkpoints=9", "--hessian_interval=4")
     run_train(*tiny("--max_iters=12", *common, out_dir=one))
-    resumed = ("--max_iters=12", "--init_from=auto", *parallel, *common)
+    resumed = ("--max_iters=12", "--init_from=auto", *common)
     with stopping_after(3):
         run_train(*tiny(*resumed, out_dir=parts))
     result = torchrun(ranks, "-m", "tests.faults.child", "--fault=stop:0:7:1",
-                      *tiny(*resumed, out_dir=parts))
+                      *tiny(*resumed, *parallel, out_dir=parts))
     assert "stopped by SIGUSR1 after" in result.stderr, result.stderr
     assert load_latest(parts).state["world_size"] == ranks
     assert bool(list(load_latest(parts).folder.glob("shard-*"))) == ("--parallel=fsdp" in parallel)

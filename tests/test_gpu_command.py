@@ -168,8 +168,22 @@ def test_micro_batches_double_until_one_is_out_of_memory(tmp_path, monkeypatch, 
     data = json.loads((tmp_path / "x.json").read_text())
     assert data["failed"] == 8 and [row["size"] for row in data["rows"]] == [2, 4]
     fastest = max(data["rows"], key=lambda row: row["tokens_per_second"])["size"]
+    assert [row["peak_bytes"] for row in data["rows"]] == [None, None]  # of a GPU alone
     out = capsys.readouterr().out
     assert f"fastest with batch_size = {fastest}\n" in out and "| 8 | out of memory |" in out
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--first=8", "--last=4"], "first = 8 is more than last = 4"),
+    (["--batch_size=12"], "batch_size has no effect on a micro-batch alone"),
+    (["--optimizer=lion"], "optimizer has no effect")])
+def test_sizes_that_cannot_be_tried_are_refused(refused, flags, words):
+    assert words in refused(micro_batch.main, ["config/quickstart.py", *flags])
+
+
+def test_micro_batches_of_several_ranks_are_refused(refused, monkeypatch):
+    monkeypatch.setattr(micro_batch, "world_size", lambda: 2)
+    assert "start it without torchrun" in refused(micro_batch.main, ["config/quickstart.py"])
 
 
 def test_a_difference_beyond_its_tolerance_is_reported(tmp_path, monkeypatch, capsys):

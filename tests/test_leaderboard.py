@@ -19,6 +19,7 @@ from experiments.leaderboard import Contender, LeaderboardSettings, Setting, tun
 from experiments.runs import RunSpec
 from nanosophia import optimizers
 from nanosophia.configurator import ConfigError
+from tests.conftest import ROOT
 from tests.test_experiments import quick  # noqa: F401  (a fixture)
 
 CONTENDER = "a: optimizer=adamw,learning_rate=1|2|4,beta1=0.9|0.8,beta2=0.99|0.95"
@@ -312,10 +313,28 @@ def test_the_picture_is_drawn_from_the_stored_runs(tmp_path, refused):
     study.main([f"--picture={tmp_path / 'x.svg'}"])
     text = (tmp_path / "x.svg").read_text()
     assert text.startswith("<?xml") and (tmp_path / "x.png").stat().st_size > 10_000
-    study.main([f"--sizes_picture={tmp_path / 'z.svg'}"])
-    assert (tmp_path / "z.png").stat().st_size > 10_000
     assert "holds no study_SETTING.json; make the runs first" in refused(
         study.main, [f"--picture={tmp_path / 'y.svg'}", f"--stored={tmp_path}"])
+
+
+def test_the_sizes_are_drawn_where_two_widths_are_stored(tmp_path, monkeypatch, refused):
+    """With a stored setting in place of another width, whose runs have the same form."""
+    file = ROOT / "results" / "runs" / "study_books_bytes.json"
+    board = study.stored_board(json.loads(file.read_text()))
+    drawn = []
+    monkeypatch.setattr(study, "save_figure", lambda picture, *files: drawn.append(picture))
+    monkeypatch.setattr(study, "stored_boards", lambda stored: dict(
+        books_bytes=board, books_bytes_w96=board))
+    study.main([f"--sizes_picture={tmp_path / 'z.svg'}"])
+    widths, batches, rates = drawn[0].axes
+    assert not batches.get_visible()
+    assert [len(c) for c in widths.containers] == [3] * 4  # a line with its bars each
+    assert [line.get_label() for line in rates.lines] == list(study.FOUR)
+    rate = next(o.setting.rate for o in board[1] if o.contender.name == "Muon")
+    assert list(rates.lines[2].get_ydata()) == [rate, rate]
+    monkeypatch.setattr(study, "stored_boards", lambda stored: dict(books_bytes=board))
+    assert "has no two of books_bytes, " in refused(
+        study.main, [f"--sizes_picture={tmp_path / 'y.svg'}"])
 
 
 def test_starting_values_are_tuned_at_each_size_and_their_table_is_made_again(
@@ -339,4 +358,6 @@ def test_starting_values_are_tuned_at_each_size_and_their_table_is_made_again(
         losses = [run["records"]["val/loss"][-1] for run in group
                   if run["name"].startswith("Sophia-G, controlled gamma 0.9_")]
         assert row[-2].startswith(f"{min(losses):.3f} (x ")
-    assert "are not multiples of 64" in refused(starting_values.main, ["--tokens=100"])
+    for tokens in ("100", "64", "2048,x"):
+        refused(starting_values.main, [f"--tokens={tokens}"])
+    assert "must be a multiple of 64" in refused(starting_values.main, ["--tokens=64"])

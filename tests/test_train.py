@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench
 import sample
 import train
 from experiments.memory import Allocated
@@ -235,8 +236,8 @@ def test_shards_refuse_chunks_of_which_some_rank_has_no_row(tiny, monkeypatch):
     monkeypatch.setattr(resume, "world_size", lambda: 4)
     config = load(Config, tiny("--parallel=fsdp", "--hessian_batch_size=8", "--hessian_chunks=4"),
                   "")[0]
-    with pytest.raises(ConfigError, match="in 4 chunks, of which every rank takes rows, gives some "
-                                          "of 4 ranks fewer .* choose a multiple of 16"):
+    with pytest.raises(ConfigError, match="in hessian_chunks = 4, of which every rank takes rows, "
+                                          "gives some of 4 ranks .* multiple of 16, fewer chunks"):
         resume.check_settings(config, {})
     resume.check_settings(replace(config, hessian_chunks=2), {})
 
@@ -248,8 +249,18 @@ def test_shards_refuse_chunks_of_which_some_rank_has_no_row(tiny, monkeypatch):
     (("--shard_ranks=8", "--parallel=fsdp"), "shard_ranks = 8 does not divide the 4 ranks")])
 def test_copies_that_ranks_cannot_make_are_refused(tiny, monkeypatch, flags, words):
     monkeypatch.setattr(resume, "world_size", lambda: 4)
+    config = load(Config, tiny(*flags), "")[0]
     with pytest.raises(ConfigError, match=words):
-        resume.check_settings(load(Config, tiny(*flags), "")[0], {})
+        resume.check_settings(config, {})
+    run_train(*tiny())
+    monkeypatch.setattr(resume, "on_main", lambda ranks, action, *errors: action())
+    with pytest.raises(ConfigError, match=words):  # also where nothing is trained
+        resume.resolve(replace(config, eval_only=True, init_from="resume"), {},
+                       Ranks(0, 4, torch.device("cpu")))
+    monkeypatch.setattr(bench, "world_size", lambda: 4)
+    with pytest.raises(ConfigError, match=words):
+        settings, sources = load(bench.BenchSettings, list(flags), "")
+        bench.contender_config(settings, sources, "optimizer=adamw")
 
 
 @pytest.mark.parametrize("key, flags", [

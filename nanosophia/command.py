@@ -78,16 +78,20 @@ def _interrupts() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
         yield
         return
-    report = sys.unraisablehook
+    report, reporting = sys.unraisablehook, threading.Lock()
+
+    def send() -> None:
+        with reporting:  # within the hook it would be dropped again
+            pass
+        time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     def repeat_interrupt(dropped) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             report(dropped)
             return
-        timer = threading.Timer(0.05, signal.pthread_kill, (  # at once it would be dropped again
-            threading.main_thread().ident, signal.SIGINT))
-        timer.daemon = True
-        timer.start()
+        with reporting:
+            threading.Thread(target=send, daemon=True).start()
 
     sys.unraisablehook = repeat_interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)

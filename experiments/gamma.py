@@ -30,7 +30,6 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from experiments.compare import contender_flags
@@ -83,28 +82,35 @@ class RateSweep:
 def search(settings: GammaSettings) -> dict[str, float]:
     """Makes the runs; returns the settings found by their keys. Raises ConfigError."""
     flags = (*contender_flags(settings.config), *settings.extra)
-    config, short_run = RunSpec("", flags).config(), short_runs(flags, settings.steps)
+    config, wanted = RunSpec("", flags).config(), settings.find
+    short_run = short_runs(flags, config, settings.steps)
     found: dict[str, float] = {}
-    searches_gamma = settings.find == "gamma" or (settings.find == "all" and has_gamma(config))
+    searches_gamma = wanted == "gamma" or (wanted == "all" and has_gamma(config))
     if searches_gamma:
         found["gamma"] = find_gamma(settings, config, short_run)
-    if settings.find == "beta1" or (settings.find == "all" and not is_of_package(config.optimizer)):
-        found["beta1"] = find_beta1(settings, config, short_run, found)
+    if wanted == "beta1" or (wanted == "all" and not is_of_package(config.optimizer)):
+        found["beta1"] = find_beta1(settings, replace(config, **found), short_run)
         if searches_gamma and found["beta1"] != config.beta1:
-            config = replace(config, **found)
-            found["gamma"] = find_gamma(settings, config, partial(short_run, beta1=config.beta1))
-    if settings.find in ("rate", "all"):
-        found["learning_rate"] = find_rate(settings, config, short_run, found)
+            found["gamma"] = find_gamma(settings, replace(config, **found), short_run)
+    if wanted in ("rate", "all"):
+        found["learning_rate"] = find_rate(settings, replace(config, **found), short_run)
     return found
 
 
-def short_runs(flags: tuple[str, ...], steps: int) -> Callable[..., RunSpec]:
-    """Returns what makes a spec of so many steps from a name and settings; raises ConfigError."""
-    config = RunSpec("", flags).config()
+def short_runs(flags: tuple[str, ...], config: Config, steps: int) -> Callable[[Config], RunSpec]:
+    """Returns what makes a spec of so many steps with a config's gamma, beta1 and rate; the same
+    ones always have the same name. Raises ConfigError."""
     common = dict(log_interval=max(1, steps // RECORDS), eval_interval=steps)
     if has_gamma(config) and steps < config.max_iters:
         common["hessian_bias_correction"] = True
-    return lambda name, **values: RunSpec(name, scaled_flags(flags, steps, **common | values))
+    keys = ["gamma"] * has_gamma(config) + ["beta1"] * (not is_of_package(config.optimizer))
+
+    def short_run(config: Config) -> RunSpec:
+        values = {key: getattr(config, key) for key in (*keys, "learning_rate")}
+        return RunSpec("_".join(f"{key}{value:.5g}" for key, value in values.items()), scaled_flags(
+            flags, steps, **common, **{key: f"{value:.6g}" for key, value in values.items()}))
+
+    return short_run
 
 
 def has_gamma(config: Config) -> bool:
@@ -113,7 +119,7 @@ def has_gamma(config: Config) -> bool:
     return entry is not None and entry.is_sophia and not config.gamma_target
 
 
-def find_gamma(settings: GammaSettings, config: Config, short_run: Callable[..., RunSpec],
+def find_gamma(settings: GammaSettings, config: Config, short_run: Callable[[Config], RunSpec],
                ) -> float:
     """Returns a gamma whose unclipped share is in RANGE; raises ConfigError where none is found."""
     if config.gamma_target:
@@ -122,8 +128,7 @@ def find_gamma(settings: GammaSettings, config: Config, short_run: Callable[...,
     too_small = too_large = None  # the gammas nearest to the range on either side
     gamma, diverged = config.gamma, 0
     for _ in range(settings.most):
-        result, = settings.run_all([short_run(f"gamma_{gamma:.4g}_beta1{config.beta1:g}",
-                                              gamma=f"{gamma:.6g}")])
+        result, = settings.run_all([short_run(replace(config, gamma=gamma))])
         # A run that diverged needs smaller steps, hence a larger gamma, as if all were clipped.
         share = 0.0 if result.diverged else result.mean("unclipped_fraction", 0.5)
         diverged += result.diverged
@@ -150,17 +155,15 @@ def find_gamma(settings: GammaSettings, config: Config, short_run: Callable[...,
                       "unclipped coordinates; raise --most or --steps", "most")
 
 
-def find_beta1(settings: GammaSettings, config: Config, short_run: Callable[..., RunSpec],
-               fixed: Mapping[str, float]) -> float:
-    """Returns the beta1 with the lowest loss, under the settings found before; raises ConfigError
-    where every run diverged, or the optimizer has no beta1."""
+def find_beta1(settings: GammaSettings, config: Config, short_run: Callable[[Config], RunSpec],
+               ) -> float:
+    """Returns the beta1 with the lowest loss; raises ConfigError where every run diverged, or the
+    optimizer has no beta1."""
     if is_of_package(config.optimizer):
         raise ConfigError(f"beta1 has no effect on optimizer = {config.optimizer}; use --find=rate",
                           "config")
     betas = sorted({*BETAS, config.beta1})
-    results = settings.run_all([short_run(
-        "_".join([f"beta1_{beta1:g}", *(f"{k}{v:g}" for k, v in fixed.items())]), beta1=f"{beta1}",
-        **{key: f"{value:.6g}" for key, value in fixed.items()}) for beta1 in betas])
+    results = settings.run_all([short_run(replace(config, beta1=beta1)) for beta1 in betas])
     losses = {beta1: result.loss for beta1, result in zip(betas, results, strict=True)}
     for beta1, loss in losses.items():
         print(f"beta1 {beta1:g}: loss {loss:.4f}")
@@ -171,13 +174,11 @@ def find_beta1(settings: GammaSettings, config: Config, short_run: Callable[...,
     return config.beta1 if losses[config.beta1] <= WORSE * losses[best] else best
 
 
-def find_rate(settings: GammaSettings, config: Config, short_run: Callable[..., RunSpec],
-              fixed: Mapping[str, float]) -> float:
-    """Returns the learning rate with the lowest final loss, under the settings found before."""
+def find_rate(settings: GammaSettings, config: Config, short_run: Callable[[Config], RunSpec],
+              ) -> float:
+    """Returns the learning rate with the lowest final loss."""
     def rate_spec(rate: float) -> RunSpec:
-        name = "_".join(["rate", f"{rate:.4g}", *(f"{k}{v}" for k, v in fixed.items())])
-        return short_run(name, learning_rate=f"{rate:.6g}",
-                         **{key: f"{value:.6g}" for key, value in fixed.items()})
+        return short_run(replace(config, learning_rate=rate))
 
     sweep = sweep_lr(settings, {settings.config: (rate_spec, config.learning_rate)},
                      factor=settings.factor, most=settings.most,

@@ -509,39 +509,46 @@ def test_the_best_beta1_is_found_and_gamma_again_after_a_change(
     """Unclipped is gamma / (gamma + 1), with another beta1 gamma / (gamma + 20)."""
     def run_all(self, specs):
         configs = [spec.config() for spec in specs]
-        seen.extend((spec.name.partition("_")[0], c.gamma, c.beta1)
-                    for spec, c in zip(specs, configs, strict=True))
+        asked.append([(c.gamma, c.beta1) for c in configs])
         return [recorded(
             tmp_path / spec.name, [3, losses[c.beta1]], diverged=losses[c.beta1] == math.inf,
             unclipped=c.gamma / (c.gamma + (20 if c.beta1 != own else 1)))
             for spec, c in zip(specs, configs, strict=True)]
 
-    seen: list[tuple] = []
+    asked: list[list[tuple[float, float]]] = []
     monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
     monkeypatch.setattr(gamma, "find_rate", lambda *args: 0.5)
     settings = load(gamma.GammaSettings, [f"--config=optimizer=sophiag,gamma=0.5,beta1={own}"],
                     "")[0]
     result = gamma.search(settings)
     assert result["beta1"] == found and result["learning_rate"] == 0.5
-    assert {beta1 for name, _, beta1 in seen if name == "beta1"} == losses.keys()
-    assert len({beta1 for name, _, beta1 in seen if name == "gamma"}) == searches
+    together, = (cells for cells in asked if len(cells) > 1)
+    assert [beta1 for _, beta1 in together] == sorted(losses)
+    single = {cells[0][1] for cells in asked if len(cells) == 1}  # of which gamma was sought
+    assert single == {own, found} and len(single) == searches
     assert (result["gamma"] > 2) == (found != own)
 
 
 def test_where_there_is_no_gamma_or_no_beta1_the_rest_is_found(tmp_path, monkeypatch, capsys):
-    seen: list[str] = []
+    seen: list = []
 
     def run_all(self, specs):
-        seen.extend(spec.name.partition("_")[0] for spec in specs)
+        seen.extend(specs)
         return [recorded(tmp_path / spec.name, [3] * 10) for spec in specs]
 
     monkeypatch.setattr(runs.RunSettings, "run_all", run_all)
-    for config, searched in (("optimizer=sophiag,gamma_target=0.9", {"beta1", "rate"}),
-                             ("optimizer=adamw", {"beta1", "rate"}),
-                             ("optimizer=torch.optim:NAdam", {"rate"})):
+    for config, gammas, betas in (("optimizer=sophiag,gamma_target=0.9", 1, 3),
+                                  ("optimizer=adamw,beta1=0.7", 1, 4),
+                                  ("optimizer=sophiag,beta1=0.9", 1, 3),
+                                  ("optimizer=torch.optim:NAdam", 1, 1)):
         seen.clear()
         gamma.search(load(gamma.GammaSettings, [f"--config={config}"], "")[0])
-        assert set(seen) == searched, config
+        configs = [spec.config() for spec in seen]
+        assert len({c.gamma for c in configs}) == gammas, config
+        assert len({c.beta1 for c in configs}) == betas, config
+        assert len({c.learning_rate for c in configs}) > 2
+        names = {spec.name: spec.flags for spec in seen}  # the same cell, the same run
+        assert len({spec.flags for spec in seen}) == len(names)
 
 
 @pytest.mark.parametrize("flags, words", [

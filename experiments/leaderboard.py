@@ -131,7 +131,7 @@ class Contender:
         name, colon, rest = text.partition(":")
         if not colon or not name.strip() or not rest.strip() or "/" in name:
             raise ConfigError(f"{text.strip()!r} is no contender; write NAME: config/FILE.py, "
-                              "key=value", "candidates")
+                              "key=value, without a / in NAME", "candidates")
         alternatives, flags = {}, []
         for flag in contender_flags(rest):
             key, _, value = flag.partition("=")

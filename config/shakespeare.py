@@ -1,5 +1,5 @@
 # python data/shakespeare_char/prepare.py && python train.py config/shakespeare.py
-# Expected: validation loss 1.575-1.581 nats per character in about three minutes on one CPU core,
+# Expected: validation loss 1.572-1.586 nats per character in about three minutes on one CPU core,
 # where nanoGPT's example, of the same model and steps, ends at 1.90-1.91 by the same evaluation
 # (its README says 1.88); results/shakespeare.md has the other optimizers at their best.
 init_from = "auto"

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from experiments import judge, leaderboard
 from experiments.archive import Remembering, Replaying, archive, command_line
 from experiments.leaderboard import LeaderboardSettings, Outcome, run_leaderboard
 from experiments.plot import COLOURS, clear_frame, pyplot, save_figure
-from experiments.runs import RunSettings
+from experiments.runs import Result, RunSettings
 from nanosophia.command import command
 from nanosophia.configurator import ConfigError, load, option
 from nanosophia.files import read_bytes, write_text
@@ -187,6 +188,27 @@ WIDTHS = ("books_bytes", "books_bytes_w96", "books_bytes_w192")
 BATCHES = ("books_bytes_400", "books_bytes_x4")
 
 
+def draw_speed_ups(axes, boards: list[tuple[LeaderboardSettings, list[Outcome]]],
+                   size: Callable[[Result], int]) -> None:
+    """Draws the speed-up of each contender that several boards have over the size of their runs."""
+    runs = [outcomes[0].runs[settings.lengths[-1]][0] for settings, outcomes in boards]
+    sizes = [size(run) for run in runs]
+    rows = [compared(*board) for board in boards]
+    for i, name in enumerate(FIVE[1:]):
+        found = [(x * 1.04 ** (i - 1.5), row[name].speed_up)
+                 for x, row in zip(sizes, rows, strict=True) if name in row]
+        if len(found) > 1:
+            x, speeds = zip(*found, strict=True)
+            spread = [[s.value - s.low for s in speeds], [s.high - s.value for s in speeds]]
+            axes.errorbar(x, [s.value for s in speeds], yerr=spread, fmt="o-", capsize=3,
+                          color=COLOURS[i], label=name)
+    axes.axhline(1, color=COLOURS[-1], linewidth=1)
+    axes.set(xscale="log", ylabel="steps of AdamW per step (95 % interval)")
+    clear_frame(axes)  # before the ticks, which it makes anew
+    axes.set_xticks(sizes, [f"{x:,}" for x in sizes])
+    axes.set_title(f"Books, bytes, {runs[0].steps:,} steps", loc="left")
+
+
 def draw_sizes(stored: Path, file: Path) -> None:
     """Draws speed-ups at the longest T over parameters and over tokens per step, and the best rates
     over widths; writes `file` and a .png beside it. Raises ConfigError where runs are missing."""
@@ -194,42 +216,28 @@ def draw_sizes(stored: Path, file: Path) -> None:
     if len(boards.keys() & set(WIDTHS)) < 2:
         raise ConfigError(f"{stored} has no two of {', '.join(WIDTHS)}; make those runs first",
                           "stored")
-    picture, (widths, batches, rates) = pyplot().subplots(
-        1, 3, figsize=(15, 4.4), layout="constrained")
-    for axes, names, label, size in (
-            (widths, WIDTHS, "parameters in blocks", lambda run: run.config.n_layer
-             * run.plan.block_parameters),
-            (batches, BATCHES, "tokens per step", lambda run: run.config.tokens_per_step)):
-        lengths = set()
-        for i, name in enumerate(FIVE[1:]):
-            points = []
-            for board in (boards[key] for key in names if key in boards):
-                settings, outcomes = board
-                lengths.add(settings.lengths[-1])
-                if row := compared(*board).get(name):
-                    run = outcomes[0].runs[settings.lengths[-1]][0]
-                    points.append((size(run) * 1.04 ** (i - 1.5), row.speed_up))
-            if points:
-                x, found = zip(*points, strict=True)
-                spread = [[s.value - s.low for s in found], [s.high - s.value for s in found]]
-                axes.errorbar(x, [s.value for s in found], yerr=spread, fmt="o-", capsize=3,
-                              color=COLOURS[i], label=name)
-        axes.axhline(1, color=COLOURS[-1], linewidth=1)
-        axes.set(xscale="log", xlabel=label, ylabel="steps of AdamW per step (95 % interval)")
-        axes.set_title(f"Books, bytes, {', '.join(f'{T:,}' for T in lengths)} steps", loc="left")
+    families = [(WIDTHS, "parameters in blocks", lambda run: run.config.n_layer
+                 * run.plan.block_parameters)]
+    if boards.keys() >= set(BATCHES):
+        families.append((BATCHES, "tokens per step", lambda run: run.config.tokens_per_step))
+    picture, panels = pyplot().subplots(1, len(families) + 1, figsize=(5 * len(families) + 5, 4.4),
+                                        layout="constrained")
+    for axes, (names, label, size) in zip(panels, families, strict=False):
+        draw_speed_ups(axes, [boards[name] for name in names if name in boards], size)
+        axes.set_xlabel(label)
+    stored_widths = [boards[name] for name in WIDTHS if name in boards]
     for i, name in enumerate(FOUR):
         found = [(outcomes[0].runs[settings.lengths[-1]][0].config.n_embd, outcome.setting.rate)
-                 for settings, outcomes in (boards[key] for key in WIDTHS if key in boards)
+                 for settings, outcomes in stored_widths
                  for outcome in outcomes if outcome.contender.name == name]
-        rates.plot(*zip(*found, strict=True), "o-", color=COLOURS[i - 1], label=name)
-    rates.set(xscale="log", yscale="log", xlabel="width", ylabel="best peak learning rate")
-    rates.set_title("The best rates (seed 0)", loc="left")
-    for axes in (widths, batches, rates):
-        clear_frame(axes)
-        if any(line.get_label()[0] != "_" for line in (*axes.lines, *axes.containers)):
-            axes.legend(frameon=False)
-        else:
-            axes.set_visible(False)  # its runs are not stored
+        panels[-1].plot(*zip(*found, strict=True), "o-", color=COLOURS[i - 1], label=name)
+    panels[-1].set(xscale="log", yscale="log", xlabel="width", ylabel="best peak learning rate")
+    clear_frame(panels[-1])
+    panels[-1].set_xticks([x for x, _ in found], [f"{x}" for x, _ in found])
+    panels[-1].set_title("The best rates (seed 0)", loc="left")
+    for axes in panels:
+        axes.minorticks_off()
+        axes.legend(frameon=False)
     save_figure(picture, file, file.with_suffix(".png"))
 
 

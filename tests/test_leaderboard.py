@@ -326,9 +326,9 @@ def test_the_sizes_are_drawn_where_two_widths_are_stored(tmp_path, monkeypatch, 
     monkeypatch.setattr(study, "stored_boards", lambda stored: dict(
         books_bytes=board, books_bytes_w96=board))
     study.main([f"--sizes_picture={tmp_path / 'z.svg'}"])
-    widths, batches, rates = drawn[0].axes
-    assert not batches.get_visible()
-    assert [len(c) for c in widths.containers] == [3] * 4  # a line with its bars each
+    widths, rates = drawn[0].axes  # no batches
+    assert [c.get_label() for c in widths.containers] == list(study.FIVE[1:])
+    assert widths.get_title(loc="left") == "Books, bytes, 800 steps"
     assert [line.get_label() for line in rates.lines] == list(study.FOUR)
     rate = next(o.setting.rate for o in board[1] if o.contender.name == "Muon")
     assert list(rates.lines[2].get_ydata()) == [rate, rate]

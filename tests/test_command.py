@@ -71,8 +71,9 @@ def test_ctrl_c_at_any_moment_from_the_first_import_on_prints_no_traceback(name,
 def test_a_ctrl_c_that_python_drops_comes_again():
     """As where it hits a finaliser: Python would report it and go on."""
     code = """
-import nanosophia.startup
 import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+import nanosophia.startup
 from nanosophia.command import command
 
 class Finalised:

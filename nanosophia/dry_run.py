@@ -198,18 +198,18 @@ def _largest(parts: Iterable[slice]) -> int:
 def memory(plan: Plan, gpus: int) -> Memory:
     """Returns bytes per rank: float32 parameters, gradients, state; bfloat16 copies to compute."""
     config, N, B = plan.config, plan.parameters, plan.block_parameters
-    shards, copies, gathered = 1, 2 * N, (0, 0)
-    if config.shards(gpus) > 1:
-        shards = config.shards(gpus)
-        copies = 2 * (N - config.n_layer * B + 2 * B)  # the root's and two blocks'
-        # Gradients before they are reduced: of two blocks, or of all where they are accumulated.
-        gathered = (copies, 4 * N)
-    training = step_bytes(config, N // shards, training_rows(config, gpus)) + gathered[
-        len(_last(gpus).micro_batches(config.total_batch_size, config.batch_size)) > 1]
+    shards = config.shards(gpus)
+    copies = 2 * N if shards == 1 else 2 * (N - config.n_layer * B + 2 * B)  # root's, two blocks'
+
+    def unreduced(micro_batches: list[slice]) -> int:
+        """Gradients that wait to be reduced: of two blocks, or of all where they accumulate."""
+        return 0 if shards == 1 else 4 * N if len(micro_batches) > 1 else copies
+
+    rows = _last(gpus).micro_batches(config.total_batch_size, config.batch_size)
+    training = step_bytes(config, N // shards, _largest(rows)) + unreduced(rows)
     estimate = estimate_bytes(config, N // shards, estimate_rows(plan, gpus),
-                              plan.second_derivatives) + gathered[any(
-                                  len(chunk) > 1 for chunk in estimate_chunks(plan, gpus))] \
-        if plan.estimates else 0
+                              plan.second_derivatives) + max(
+        map(unreduced, estimate_chunks(plan, gpus)), default=0) if plan.estimates else 0
     return Memory(4 * N // shards + copies, plan.state_bytes // shards, training, estimate)
 
 

@@ -75,6 +75,19 @@ def rotate(x: Tensor, pos: Tensor, channels: int, base: float = 10_000.0) -> Ten
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """Returns causal attention (B, n_head, T, hs) of q (B, n_head, T, hs) to k and v, through
+    torch's fused kernel; a single query (T = 1) sees every key."""
+    T = q.size(2)
+    options["is_causal"] = T > 1
+    if q.device.type == "cpu" and 1 < T < 256:  # its backward pass in bfloat16 takes twice as long
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(*(
+                x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)),
+                **options).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention through torch's fused kernel."""
 
@@ -102,9 +115,7 @@ class CausalSelfAttention(nn.Module):
             q, k = (rotate(part, pos, self.rotary_channels) for part in (q, k))
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_head, all positions, hs)
-        y = F.scaled_dot_product_attention(  # else a single query would see the first key alone
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1,
-            scale=self.scale)
+        y = attend(q, k, v, dropout_p=self.dropout if self.training else 0.0, scale=self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.memory import Allocated
-from model import GPT, GPTConfig, cross_entropy, rotate
+from model import GPT, GPTConfig, attend, cross_entropy, rotate
 from nanosophia.chunked_loss import chunked_cross_entropy
 from nanosophia.estimators import sample_labels_two_level
 from nanosophia.generate import LayerCache, generate, sample_token
@@ -153,6 +153,37 @@ def test_a_token_never_sees_what_follows(settings):
     before, after = model(idx), model(changed)
     torch.testing.assert_close(before[:, :10], after[:, :10])
     assert not torch.allclose(before[:, 10], after[:, 10])
+
+
+def attended(T, precision, **autocast):
+    """What `attend` returns for the same numbers in a precision, and the gradient of q."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, T, 8).bfloat16().to(precision).requires_grad_() for _ in range(3))
+    with torch.autocast("cpu", **autocast):
+        y = attend(q, k, v, scale=0.3)
+    y.sum().backward()
+    return y, q.grad
+
+
+@pytest.mark.parametrize("autocast", [dict(enabled=False), dict(dtype=torch.bfloat16)])
+def test_a_cpu_attends_to_a_short_context_in_float32(autocast):
+    """Equal to float32's rounded once, where in bfloat16 the scores would be rounded too."""
+    y, dq = attended(64, torch.bfloat16, **autocast)
+    exact, exact_dq = attended(64, torch.float32, enabled=False)
+    assert y.dtype == dq.dtype == torch.bfloat16
+    torch.testing.assert_close(y, exact.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(dq, exact_dq.bfloat16(), rtol=0, atol=0)
+    long, exact = (attended(512, precision, enabled=False)[0]
+                   for precision in (torch.bfloat16, torch.float32))
+    assert not torch.equal(long, exact.bfloat16()), "a long one is faster in bfloat16"
+
+
+def test_attention_in_float64_stays_there():
+    expected = torch.softmax(torch.full((8, 8), -torch.inf).triu(1).double(), -1).sum(-1)
+    q = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    y = attend(q, q, torch.eye(8, dtype=torch.float64)[None, None])
+    torch.testing.assert_close(y.sum(-1)[0, 0], expected)
+    assert y.dtype == torch.float64 and y[0, 0, 2, 0] == pytest.approx(1 / 3, abs=1e-15)
 
 
 def test_initialisation_is_gpt2s_and_the_loss_starts_at_the_uniform_one():

@@ -153,8 +153,8 @@ def read_config_file(path: Path) -> dict[str, tuple[Any, int]]:
     Literals, arithmetic and earlier names only; nothing is executed. Raises ConfigError.
     """
     if path.suffix != ".py" or not path.is_file():
-        known = sorted(str(p) for p in Path("config").glob("*.py"))
-        hint = did_you_mean(str(path), known) or "settings are given as --key=value"
+        known = sorted(p.stem for p in Path("config").glob("*.py"))
+        hint = did_you_mean(path.stem, known, "config/{}.py") or "settings are given as --key=value"
         raise ConfigError(f"config file {path} not found; {hint}")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -221,11 +221,12 @@ def _split_flag(flag: str) -> tuple[str, str]:
     return key[2:], text
 
 
-def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """Returns a question with the known word that is closest, or nothing where none is close."""
+def did_you_mean(text: str, known: Iterable[str], shown: str = "{}") -> str:
+    """Returns a question with the known word that is closest, put into `shown`, or nothing where
+    none is close."""
     by_lower = {word.lower(): word for word in known}
     near = difflib.get_close_matches(text.lower(), by_lower, n=1)
-    return f"did you mean {by_lower[near[0]]}?" if near else ""
+    return f"did you mean {shown.format(by_lower[near[0]])}?" if near else ""
 
 
 def _literal(f: Any, text: str) -> Any:

@@ -52,6 +52,8 @@ def test_values_may_hold_equals_signs_and_whole_floats_are_integers():
     ("--hessian_batch_size=481", "is more than total_batch_size"),
     ("--hessian_chunks=7", "does not divide into hessian_chunks = 7"),
     ("config/train_gpt2_30m_sofiag.py", "did you mean config/train_gpt2_30m_sophiag.py?"),
+    ("quickstrat.py", "did you mean config/quickstart.py?"),
+    ("config/nothing.py", "settings are given as --key=value"),
 ])
 def test_each_mistake_is_refused_by_name(refused, flag, words):
     assert words in refused(train.main, [flag])

@@ -8,13 +8,14 @@ A contender is `NAME: FILE, key=value, ...`; several are separated by semicolons
 alternatives, `key=a|b`: an option of its own that is tuned, the first value first.
 `learning_rate=a|b|c` is its ladder, by default half, once and twice its config's.
 
-Each contender is tuned at the length --tune_at by the same number of runs, --budget, with the
-first seed: the ladder, which goes on beyond an end that is best; warm-ups (--warmups, as shares of
-the run); its options, one after the other; then rates between or beyond those tried. The baseline,
-to which all are compared, is tuned at the longest length, where verdicts are given. At its best
-each runs with every seed at every length T, the baseline also at `longer` times the longest. With
---trunk one run with a constant rate serves all lengths: the shorter ones branch off it where their
-cooldown begins, with the losses that they would have had alone.
+Each contender is tuned at the length --tune_at, the longest by default, where verdicts are given,
+by the same number of runs, --budget, with the first seed: the ladder, which goes on beyond an end
+that is best, twice at most; warm-ups (--warmups, as shares of the run); its options, one after the
+other; a ladder anew with the warm-up and options that were best, since a rate that is too large
+with one beta1 may not be with another; then rates between. At its best each runs with every seed at
+every length T, the baseline also at `longer` times the longest. With --trunk one run with a
+constant rate serves all lengths: the shorter ones branch off it where their cooldown begins, with
+the losses that they would have had alone.
 
 Reported at each T: the mean final loss and its standard error; the difference to the baseline with
 the same seeds and its 95 % interval by Student's t; the speed-up: the T at which the baseline has
@@ -56,10 +57,7 @@ class LeaderboardSettings(RunSettings):
     candidates: str = option("", "the same of each contender, separated by semicolons")
     max_iters: str = option("", "lengths T, comma-separated")
     longer: str = option("", "multiples of the longest T that the baseline alone is run for")
-    tune_at: int = option(0, "length at which contenders are tuned; 0 = the one in the middle of "
-                             "max_iters", low=0)
-    baseline_tune_at: int = option(0, "the same of the baseline; 0 = the longest of max_iters",
-                                   low=0)
+    tune_at: int = option(0, "length at which all are tuned; 0 = the longest of max_iters", low=0)
     budget: int = option(9, "runs that tune each contender", low=3)
     warmups: str = option("0.05,0.15", "warm-ups, as shares of the run, the first one first")
     trunk: bool = option(
@@ -103,11 +101,10 @@ class LeaderboardSettings(RunSettings):
         more = parse_numbers(self, "longer", may_be_empty=True)
         return sorted({*self.lengths, *(round(self.lengths[-1] * x) for x in more)})
 
-    def tuning_length(self, contender: "Contender") -> int:
-        """Returns the length at which a contender is tuned."""
-        if contender == self.contenders[0]:
-            return self.baseline_tune_at or self.lengths[-1]
-        return self.tune_at or self.lengths[len(self.lengths) // 2]
+    @property
+    def tuning_length(self) -> int:
+        """Returns the length at which contenders are tuned."""
+        return self.tune_at or self.lengths[-1]
 
     @cached_property
     def contenders(self) -> list["Contender"]:
@@ -220,7 +217,8 @@ def tune(contender: Contender, warmups: list[float], budget: int) -> Tuning:
 
     tried = yield [replace(first, rate=rate) for rate in contender.rates]
     others = len(warmups) - 1 + sum(len(values) - 1 for values in contender.options.values())
-    while len(tried) + others < budget and (rate := beyond(tried, best().rate)):
+    while len(tried) < min(budget - others, len(contender.rates) + 2) and (
+            rate := beyond(tried, best())):
         tried = yield [replace(best(), rate=rate)]
     for i in range(-1, len(contender.options)):
         if i < 0:
@@ -232,23 +230,29 @@ def tune(contender: Contender, warmups: list[float], budget: int) -> Tuning:
         if new := [x for x in new if x not in tried]:
             tried = yield new
     while len(tried) < budget:
-        rate = beyond(tried, best().rate) or between(tried, best().rate)
-        tried = yield [replace(best(), rate=rate)]
+        tried = yield [replace(best(), rate=beyond(tried, best()) or between(tried, best()))]
     return best()
 
 
-def beyond(tried: dict[Setting, float], best: float) -> float | None:
-    """Returns a rate beyond the end of those tried, if the best is there, twice or half of it."""
-    rates = sorted({setting.rate for setting in tried})
-    return best * 2 if best == rates[-1] else best / 2 if best == rates[0] else None
+def rates_beside(tried: dict[Setting, float], best: Setting) -> list[float]:
+    """Returns the rates that were tried with the best setting's warm-up and options."""
+    return sorted(setting.rate for setting in tried
+                  if replace(setting, rate=best.rate) == best)
 
 
-def between(tried: dict[Setting, float], best: float) -> float:
+def beyond(tried: dict[Setting, float], best: Setting) -> float | None:
+    """Returns a rate beyond the end of those beside the best one, if it is there: twice or half."""
+    rates = rates_beside(tried, best)
+    return best.rate * 2 if best.rate == rates[-1] else \
+        best.rate / 2 if best.rate == rates[0] else None
+
+
+def between(tried: dict[Setting, float], best: Setting) -> float:
     """Returns the geometric mean of the best rate and its neighbour that is farther away."""
-    rates = sorted({setting.rate for setting in tried})
-    i = rates.index(best)
+    rates = rates_beside(tried, best)
+    i = rates.index(best.rate)
     low, high = rates[i - 1], rates[i + 1]
-    return math.sqrt(best * (high if high / best >= best / low else low))
+    return math.sqrt(best.rate * (high if high / best.rate >= best.rate / low else low))
 
 
 @dataclass(frozen=True)
@@ -262,8 +266,8 @@ class Outcome:
 
     @property
     def at_an_end(self) -> bool:
-        """Returns whether the best rate is the largest or smallest that was tried."""
-        return beyond(self.tried, self.setting.rate) is not None
+        """Returns whether the best rate is the largest or smallest that was tried beside it."""
+        return beyond(self.tried, self.setting) is not None
 
     def losses(self) -> dict[int, list[float]]:
         """Returns the final losses by length, by seed."""
@@ -330,7 +334,7 @@ def tune_all(settings: LeaderboardSettings) -> dict[str, tuple[Setting, dict[Set
     tried: dict[str, dict[Setting, float]] = {name: {} for name in tunings}
     while wanted:
         pairs = [(name, setting) for name, new in wanted.items() for setting in new]
-        specs = [spec_of(settings, contenders[name], x, settings.tuning_length(contenders[name]), 0)
+        specs = [spec_of(settings, contenders[name], x, settings.tuning_length, 0)
                  for name, x in pairs]
         for (name, x), result in zip(pairs, settings.run_all(specs), strict=True):
             tried[name][x] = result.loss
@@ -372,9 +376,8 @@ def markdown(settings: LeaderboardSettings, outcomes: list[Outcome]) -> str:
     first = base.runs[settings.lengths[0]][0]
     lines = [f"{first.plan.parameters / 1e6:.2f}M parameters, {first.config.tokens_per_step:,} "
              f"tokens per step, validation on {first.config.eval_windows:,} windows; "
-             f"{settings.budget} runs tuned each contender at T = "
-             f"{settings.tuning_length(others[0].contender):,}, {base.contender.name} at "
-             f"{settings.tuning_length(base.contender):,}; {settings.seeds} seeds", ""]
+             f"{settings.budget} runs tuned each contender at T = {settings.tuning_length:,}; "
+             f"{settings.seeds} seeds", ""]
     verdicts = []
     for T in reversed(settings.lengths):
         rows = judge.compare(base.losses(), {o.contender.name: o.losses() for o in others}, T)

@@ -21,6 +21,7 @@ from pathlib import Path
 from experiments import (
     compare,
     every_optimizer,
+    exactness,
     figures,
     leaderboard,
     memory,
@@ -56,7 +57,7 @@ def _figure(data: dict) -> str:
 
 EXPERIMENTS: dict[str, Callable[[dict], str]] = {
     "figures": _figure, "compare": compare.remake, "every_optimizer": every_optimizer.remake,
-    "leaderboard": leaderboard.remake,
+    "exactness": exactness.table, "leaderboard": leaderboard.remake,
     "speed": speed.table, "memory": memory.table, "shakespeare": shakespeare.remake,
     "optimizer_steps": optimizer_steps.table, "preparation": preparation.table,
     "sampling": sampling.table, "study": study.remake,

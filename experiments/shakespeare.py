@@ -81,7 +81,7 @@ def board(settings: ShakespeareSettings) -> LeaderboardSettings:
     return LeaderboardSettings(
         baseline=BASELINE, candidates=CANDIDATES, budget=settings.budget, seeds=settings.seeds,
         max_iters=f"{settings.max_iters // 2},{settings.max_iters}",
-        tune_at=settings.max_iters, out_dir=settings.out_dir, jobs=settings.jobs,
+        out_dir=settings.out_dir, jobs=settings.jobs,
         flags=f"{shape} --total_batch_size={ROWS} --hessian_batch_size={ROWS} --dtype=float32 "
               f"--dataset={settings.dataset} --eval_windows=2000 {settings.flags}".strip())
 

@@ -66,7 +66,7 @@ def board(settings: StartingSettings, tokens: int) -> LeaderboardSettings:
                       for name, (flags, betas) in METHODS.items() for beta1 in betas)
     return LeaderboardSettings(
         baseline=first, candidates="; ".join(others), budget=settings.budget, warmups="0.1",
-        max_iters=f"{settings.max_iters // 2},{settings.max_iters}", tune_at=settings.max_iters,
+        max_iters=f"{settings.max_iters // 2},{settings.max_iters}",
         seeds=1, jobs=settings.jobs, nproc_per_node=settings.nproc_per_node,
         out_dir=f"{settings.out_dir}/{Path(settings.dataset).name}/{tokens}",
         flags=f"--n_layer=2 --n_head=2 --n_embd=32 --block_size={CONTEXT} "
@@ -94,7 +94,7 @@ def table(found: dict[int, Tuned], settings: StartingSettings) -> str:
 def cell(best: Setting, tried: dict[Setting, float], adamw: float) -> str:
     """Returns the lowest loss and the setting it had, in words."""
     gamma = f", gamma {best.options[0]}" if best.options else ""
-    end = "*" if beyond(tried, best.rate) else ""
+    end = "*" if beyond(tried, best) else ""
     return f"{tried[best]:.3f} (x {best.rate / adamw:.2g}{end}{gamma})"
 
 

@@ -47,8 +47,8 @@ def bowl(rate, warmup=0.1, options=("0.9", "0.99")):
 @pytest.mark.parametrize("warmup", [0.1, 0.2])
 @pytest.mark.parametrize("options", [("0.9", "0.99"), ("0.8", "0.95")])
 def test_tuning_finds_the_least_loss_within_its_budget(rate, warmup, options):
-    best, tried = tuned(bowl(rate, warmup, options), budget=10)
-    assert len(tried) == 10 and (best.warmup, best.options) == (warmup, options)
+    best, tried = tuned(bowl(rate, warmup, options), budget=13)
+    assert len(tried) == 13 and (best.warmup, best.options) == (warmup, options)
     assert abs(math.log2(best.rate / rate)) <= 0.75
     assert best == min(tried, key=tried.get)
 
@@ -57,6 +57,19 @@ def test_every_contender_has_as_many_runs_whatever_it_has_to_tune():
     for text in (CONTENDER, "b: optimizer=lion,learning_rate=1|2|4", "c: optimizer=adamw"):
         for budget in (6, 7, 12):
             assert len(tuned(bowl(3e-3), text=text, budget=budget)[1]) == budget
+
+
+@pytest.mark.parametrize("factor", [1 / 4, 1, 4])
+def test_the_rate_is_sought_anew_with_the_options_that_were_best(factor):
+    """With beta1 = 0.8 the best rate is another one, which the first ladder could not see."""
+    def loss(s):
+        right = s.options[0] == "0.8"
+        return (math.log2(s.rate / (2 * factor if right else 2))) ** 2 / 8 - 2 * right
+
+    best, tried = tuned(loss, budget=12)
+    assert best.options[0] == "0.8" and best.rate == 2 * factor
+    beside = [s.rate for s in tried if (s.warmup, s.options) == (best.warmup, best.options)]
+    assert min(beside) < best.rate < max(beside) and len(tried) == 12
 
 
 def test_a_ladder_goes_on_where_its_end_is_best_also_beside_runs_that_diverge():

@@ -111,7 +111,11 @@ def start_ranks(device: str) -> Ranks:
         _from_environment("MASTER_PORT", -1)
     place = _find_device(device, local_rank)
     if place.type == "cuda":
-        torch.cuda.set_device(place)
+        try:
+            torch.cuda.set_device(place)  # begins to use the driver
+        except RuntimeError as error:  # one that is too old, a card that is taken
+            raise DeviceError(f"device = {device}: {' '.join(str(error).split())}; use "
+                              "--device=cpu, or a torch built for this driver") from None
     if place.type == "cpu":
         _keep_freed_memory()
     if world_size() > 1 and not dist.is_initialized():

@@ -396,6 +396,19 @@ def test_what_is_not_there_is_refused_before_anything_is_written(tiny, refused, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_driver_that_is_too_old_for_torch_is_one_line(tiny, refused, tmp_path, monkeypatch):
+    """Such a driver counts its cards, and fails when one is taken."""
+    def set_device(place):
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    said = refused(train.main, tiny("--device=cuda"))
+    assert "device = cuda: The NVIDIA driver on your system is too old (found version" in said
+    assert "\n" not in said.strip() and "--device=cpu" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_out_dir_that_cannot_be_written_is_refused(tiny, refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to --out_dir" in refused(train.main, tiny(out_dir=tmp_path / "file"))

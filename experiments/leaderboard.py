@@ -2,7 +2,7 @@
 
     python -m experiments.leaderboard --baseline="adamw: config/quickstart_adamw.py" \
         --candidates="muon: config/quickstart_adamw.py, optimizer=muon, muon_momentum=0.9|0.95" \
-        --max_iters=300,600,1200 --longer=2 --seeds=3 --budget=9
+        --max_iters=300,600,1200 --longer=2 --seeds=3 --budget=12
 
 A contender is `NAME: FILE, key=value, ...`; several are separated by semicolons. A key may have
 alternatives, `key=a|b`: an option of its own that is tuned, the first value first.
@@ -58,7 +58,7 @@ class LeaderboardSettings(RunSettings):
     max_iters: str = option("", "lengths T, comma-separated")
     longer: str = option("", "multiples of the longest T that the baseline alone is run for")
     tune_at: int = option(0, "length at which all are tuned; 0 = the longest of max_iters", low=0)
-    budget: int = option(9, "runs that tune each contender", low=3)
+    budget: int = option(12, "runs that tune each contender", low=3)
     warmups: str = option("0.05,0.15", "warm-ups, as shares of the run, the first one first")
     trunk: bool = option(
         False, "schedule = wsd, and the shorter lengths branch their cooldowns off the longest run")

@@ -75,7 +75,7 @@ class MetricMuon(MatrixOptimizer):
         M = momentum M + (1 - momentum) g;   N = momentum M + (1 - momentum) g
         r = (a / mean a)^-power, c = (b / mean b)^-power
         D = r * orthogonalise(r * N * c) * c
-        theta -= lr * 0.2 sqrt(max(m, n)) |O| D / |D|,  O the orthogonalised matrix, after decay
+        theta -= lr * 0.2 sqrt(max(m / parts, n)) |O| D / |D|,  O orthogonalised, after decay
 
     where a (m) and b (n) are moving averages of the row and column means of g^2, or, where
     `update_hessian` is called, of a curvature estimate. With power 0 it is Muon, scaled to AdamW's
@@ -91,6 +91,8 @@ class MetricMuon(MatrixOptimizer):
         power: of the ratios, which are kept above 1e-4; 0.25 makes r N c what Shampoo with
             diagonal factors has.
         sides: `both`, or `rows` or `columns` alone.
+        parts: a matrix is so many of equal height below each other, as q, k and v are in one of
+            (3 n, n); each is orthogonalised apart.
         from_estimates: a and b are averaged by `update_hessian`, and not from the gradient.
         precision: of the orthogonalisation; None is that of the state.
 
@@ -103,13 +105,23 @@ class MetricMuon(MatrixOptimizer):
 
     def __init__(self, params, lr: float = 0.02, betas: tuple[float, float] = (0.95, 0.95),
                  weight_decay: float = 0.1, power: float = 0.25, sides: str = "both",
-                 from_estimates: bool = False, precision: torch.dtype | None = None):
+                 parts: int = 1, from_estimates: bool = False,
+                 precision: torch.dtype | None = None):
         require(type(self), lr=(lr, lr >= 0), weight_decay=(weight_decay, weight_decay >= 0),
                 betas=(betas, all(0 <= b < 1 for b in betas)), power=(power, power >= 0),
-                sides=(sides, sides in ("both", "rows", "columns")))
+                sides=(sides, sides in ("both", "rows", "columns")), parts=(parts, parts >= 1))
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, power=power,
-                                      sides=sides, from_estimates=from_estimates))
+                                      sides=sides, parts=parts, from_estimates=from_estimates))
         self.precision = precision
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Adds a group; raises ValueError on what is no hidden matrix, or not of equal parts."""
+        super().add_param_group(param_group)
+        parts = self.param_groups[-1]["parts"]
+        if uneven := [tuple(p.shape) for p in self.param_groups[-1]["params"] if len(p) % parts]:
+            self.param_groups.pop()
+            raise ValueError(f"MetricMuon cannot cut the rows of a matrix {uneven[0]} into "
+                             f"{parts} equal parts; give it to a group with parts=1")
 
     def parameters(self) -> list[Tensor]:
         """Returns every parameter once, in the order of estimates."""
@@ -141,9 +153,10 @@ class MetricMuon(MatrixOptimizer):
                        group["sides"] == "both" else 1.0 for name, side, dim in (
                            ("row_square", "rows", 1), ("column_square", "columns", 0)))
         n = full_tensor(momentum.lerp(g, 1 - beta)) * row * column
-        orthogonal = self.orthogonalise(n.to(self.precision or n.dtype)).to(n.dtype)
+        parts = n.to(self.precision or n.dtype).chunk(group["parts"])
+        orthogonal = torch.cat([self.orthogonalise(part) for part in parts]).to(n.dtype)
         update = orthogonal * row * column
-        size = 0.2 * max(g.shape) ** 0.5 * orthogonal.norm()
+        size = 0.2 * max(parts[0].shape) ** 0.5 * orthogonal.norm()
         return update * (size / update.norm().clamp_min(torch.finfo(g.dtype).tiny))
 
 

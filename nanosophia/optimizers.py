@@ -56,6 +56,8 @@ def build(config: Config, model: nn.Module, *, num_classes: int, all_reduce: All
     """
     _do_not_load_compiler()
     groups = parameter_groups(model, config)
+    if config.metric_qkv == "apart":
+        groups = _with_qkv_apart(groups, model)
     if config.eval_only:  # nothing steps
         optimizer = torch.optim.SGD(groups)
         return OptimizerAndEstimator(optimizer, None, Beginning.of(optimizer))
@@ -209,6 +211,16 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     return [dict(params=params, kind=kind,
                  weight_decay=0.0 if kind == "vector" else config.weight_decay)
             for kind, params in kinds.items()]
+
+
+def _with_qkv_apart(groups: list[dict], model: nn.Module) -> list[dict]:
+    """Moves the matrices that stack q, k and v to a last group, of matrices in three parts."""
+    stacked = [m.weight for name, m in model.named_modules() if name.endswith("c_attn")]
+    ids = {id(p) for p in stacked}
+    groups = [group | dict(params=[p for p in group["params"] if id(p) not in ids])
+              for group in groups]
+    return [*groups, *(group | dict(params=stacked, parts=3) for group in groups
+                       if group["kind"] == "matrix")]
 
 
 def _adamw(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
@@ -372,7 +384,8 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 OWN_SETTINGS = {
     "muon_momentum": ("muon", "metric_muon", "metric_muon_gnb"),
     "metric_power": ("metric_muon", "metric_muon_gnb"),
-    "metric_sides": ("metric_muon", "metric_muon_gnb"), "metric_rest": ("metric_muon_gnb",),
+    "metric_sides": ("metric_muon", "metric_muon_gnb"),
+    "metric_qkv": ("metric_muon", "metric_muon_gnb"), "metric_rest": ("metric_muon_gnb",),
     "precondition_frequency": ("soap",), "slow_beta": ("ademamix",), "slow_weight": ("ademamix",),
     "mars_gamma": ("mars",)}
 _OF_PACKAGES = OptimizerSpec(None, None, dict(weight_decay=0.1),

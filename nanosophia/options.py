@@ -137,6 +137,8 @@ class Config(Settings, GPTOptions):
                                  low=0, high=1)
     metric_sides: Literal["both", "rows", "columns"] = option(
         "both", "metric_muon: the sides that have a metric")
+    metric_qkv: Literal["together", "apart"] = option(
+        "together", "metric_muon: orthogonalise q, k and v as one matrix, or each apart")
     metric_rest: Literal["adamw", "sophia"] = option(
         "adamw", "metric_muon_gnb: what updates embeddings and vectors; sophia: with gamma_target "
                  "0.9, by rows for embeddings")

@@ -49,7 +49,7 @@ from nanosophia.weights import Weights, foreign_weights, saved_model_config
 
 # What a resumed run must share with its checkpoint, so that it sees the same rows and state.
 RUN_KEYS = {*MODEL_KEYS, "seed", "total_batch_size", "sampling", "optimizer",
-            "optimizer_args", "metric_rest"}
+            "optimizer_args", "metric_qkv", "metric_rest"}
 # What belongs to the place of a run and is never taken from a checkpoint.
 LOCAL_KEYS = {"out_dir", "init_from", "checkpoint", "reset_optimizer", "device", "dtype",
               "parallel", "shard_ranks", "activation_checkpointing", "loss_chunk", "compile",

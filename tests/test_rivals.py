@@ -133,6 +133,20 @@ def test_without_a_metric_it_is_torchs_muon():
         assert (a - b).norm() < 0.05 * (b - p).norm()  # torch rounds to bfloat16 elsewhere
 
 
+def test_parts_are_orthogonalised_apart_in_one_metric():
+    g = torch.randn(15, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    apart = torch.cat([step_of(part, power=0) for part in g.chunk(3)])
+    torch.testing.assert_close(step_of(g, power=0, parts=3), apart)
+    assert not torch.allclose(step_of(g, power=0), apart, rtol=0.1)
+    a, b = ((g * g).mean(dim, keepdim=True) for dim in (1, 0))
+    r, c = (a / a.mean()) ** -0.25, (b / b.mean()) ** -0.25
+    apart = torch.cat([step_of(part, power=0) for part in (r * g * c).chunk(3)])
+    scaled = r * apart * c
+    torch.testing.assert_close(step_of(g, parts=3), scaled * (apart.norm() / scaled.norm()))
+    with pytest.raises(ValueError, match="rows of a matrix \\(15, 5\\) into 2 equal"):
+        step_of(g, parts=2)
+
+
 def test_estimates_take_the_gradients_place_in_the_metric():
     g = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = nn.Parameter(torch.zeros_like(g))
@@ -183,7 +197,8 @@ def test_what_is_no_hidden_matrix_is_refused(cls):
 
 @pytest.mark.parametrize("make", [
     lambda p: MetricMuon(p, power=-1), lambda p: MetricMuon(p, betas=(1, 0.9)),
-    lambda p: MetricMuon(p, sides="left"), lambda p: SOAP(p, frequency=0),
+    lambda p: MetricMuon(p, sides="left"), lambda p: MetricMuon(p, parts=0),
+    lambda p: SOAP(p, frequency=0),
     lambda p: SOAP(p, eps=0), lambda p: Kron(p, rate=1), lambda p: Kron(p, momentum=1.0),
     lambda p: AdEMAMix(p, alpha=-1), lambda p: AdEMAMix(p, betas=(0.9, 0.9, 1.0)),
     lambda p: SOAP(p, shampoo_beta=5), lambda p: Kron(p, probability=0),

@@ -73,7 +73,7 @@ def test_a_run_learns_and_records_every_step_once(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("optimizer, extra", [
     *((name, ("--eps=1e-2",) if name == "gnb_unclipped" else ()) for name in OPTIMIZERS),
     *((name, ("--dropout=0.2",)) for name in ("sophiag", "sophiah", "adamw")),
-    ("metric_muon_gnb", ("--metric_rest=sophia",)),
+    ("metric_muon_gnb", ("--metric_rest=sophia",)), ("metric_muon", ("--metric_qkv=apart",)),
     ("sophiag", ("--hessian_chunks=2", "--sampling=random")),
     ("sophiag", ("--hessian_bias_correction=True",)),
     ("sophiag", ("--gamma_target=0.9", "--gamma_rows=matrices"))])
@@ -209,7 +209,8 @@ NEOX = ("--rotary_fraction=0.5", "--parallel_residual", "--tied_head=False",
         ("--gamma_target=0.9", "--gamma_rows=embedding"),
         ("--optimizer=adamw", "--activation_checkpointing"), ("--optimizer=lion",),
         ("--optimizer=normalize",), ("--optimizer=ef_clip",), NEOX, ("--optimizer=metric_muon",),
-        ("--optimizer=metric_muon_gnb", "--metric_rest=sophia"), ("--optimizer=schedule_free",)))])
+        ("--optimizer=metric_muon_gnb", "--metric_rest=sophia", "--metric_qkv=apart"),
+        ("--optimizer=schedule_free",)))])
 def test_ranks_give_one_ranks_losses_and_curvature(tiny, tmp_path, ranks, extra):
     flags = ("--max_iters=12", "--dtype=float64", "--batch_size=1", *extra)
     run_train(*tiny(*flags, out_dir=tmp_path / "one"))

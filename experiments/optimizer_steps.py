@@ -2,12 +2,13 @@
 
     python -m experiments.optimizer_steps config/train_gpt2_30m_sophiag.py --device=cpu
 
-The optimizers step on the parameters of the config's model, which have random gradients. They take
-turns, round after round; a ratio is taken within a round, and the table shows the median over the
-rounds with the smallest and the largest, and the bytes of state. Optimizers of hidden matrices have
-AdamW for the rest; what SOAP and Kron do now and then is timed apart. Times are processor time on
-the CPU and synchronised wall time on CUDA; the first call, which includes compilation, is always
-wall time. bench.py times whole training steps.
+The optimizers step on the parameters of the config's model, which have random gradients. Each takes
+turns with AdamW, round after round, so that the state of two is in memory at a time; a ratio is
+taken within a round, and the table shows the median over the rounds with the smallest and the
+largest, and the bytes of state. Optimizers of hidden matrices have AdamW for the rest; what SOAP
+and Kron do now and then is timed apart. Times are processor time on the CPU and synchronised wall
+time on CUDA; the first call, which includes compilation, is always wall time. bench.py times whole
+training steps.
 """
 
 if __name__ == "__main__":
@@ -56,6 +57,10 @@ class Contender:
     optimizer: torch.optim.Optimizer | None = None  # whose state is counted
 
 
+# Builds what is timed together, by name.
+Family = Callable[[], dict[str, Contender]]
+
+
 def measure(settings: OptimizerStepsSettings) -> dict:
     """Times all contenders and returns the report: medians over the rounds, and the environment."""
     device = start_ranks(settings.device).device
@@ -63,9 +68,20 @@ def measure(settings: OptimizerStepsSettings) -> dict:
     model = GPT(replace(settings.model, vocab_size=vocab_size)).to(device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    contenders = build_contenders(settings, model)
+    baseline, *families = contenders(settings, model)
+    adamw, rows = baseline(), {}
+    for family in (dict, *families):
+        for name, row in time_in_turn(adamw | family(), settings.repeats, device).items():
+            rows.setdefault(name, row)
     parameters = model.num_params(non_embedding=False)
+    for row in rows.values():
+        if "state_bytes" in row:
+            row["state_bytes"] /= parameters
+    return dict(rows=rows, parameters=parameters, repeats=settings.repeats, **environment(device))
 
+
+def time_in_turn(contenders: dict[str, Contender], repeats: int, device: torch.device) -> dict:
+    """Returns a row for each of some contenders that take turns; the first is the baseline."""
     def seconds(contender: Contender):
         contender.prepare()
         return time_action(contender.step, device)
@@ -75,79 +91,102 @@ def measure(settings: OptimizerStepsSettings) -> dict:
     for contender in contenders.values():  # one more call, so that every cache is warm
         seconds(contender)
     rounds = [{name: seconds(contender).compared for name, contender in contenders.items()}
-              for _ in range(settings.repeats)]
-    rows = {}
-    for name in contenders:
-        ratios = [times[name] / times[BASELINE] for times in rounds]
+              for _ in range(repeats)]
+    baseline, rows = next(iter(contenders)), {}
+    for name, contender in contenders.items():
+        ratios = [times[name] / times[baseline] for times in rounds]
         rows[name] = dict(ms=1e3 * median(times[name] for times in rounds), ratio=median(ratios),
                           least=min(ratios), most=max(ratios), first_ms=1e3 * first[name])
-        if optimizer := contenders[name].optimizer:
-            state = sum(x.nbytes for x in flatten_state(optimizer)[0].values())
-            rows[name]["state_bytes"] = state / parameters
-    return dict(rows=rows, parameters=parameters, repeats=len(rounds), **environment(device))
+        if contender.optimizer:
+            rows[name]["state_bytes"] = sum(
+                x.nbytes for x in flatten_state(contender.optimizer)[0].values())
+    return rows
 
 
-def build_contenders(settings: OptimizerStepsSettings, model: GPT) -> dict[str, Contender]:
-    """Returns the optimizers' steps by name; the baseline comes first."""
-    def groups(**extra) -> list[dict]:
-        return [group | extra for group in parameter_groups(model, settings)]
-
-    # Positive, as Gauss-Newton-Bartlett's are; the time does not depend on more.
-    estimates = [torch.rand_like(p) for group in groups() for p in group["params"]]
-
-    def sophia(rule: Callable = compiled_update, **extra) -> Sophia:
-        optimizer = (ControlledSophia if extra else Sophia)(groups(**extra))
-        optimizer.rule = rule
-        optimizer.update_hessian(estimates)
-        return optimizer
-
-    def after_estimate(optimizer: Sophia) -> Contender:
-        """Returns the step that follows an estimate: it sets the controlled gamma anew."""
-        return Contender(optimizer.step, lambda: optimizer.update_hessian(estimates))
-
-    eager, compiled = sophia(sliced_update), sophia()
-    tensors, rows = sophia(gamma_target=0.9), sophia(gamma_target=0.9)
-    for group in rows.param_groups:
-        group["gamma_rows"] = group["kind"] == "embedding"
-    dtype = settings.dtype if settings.dtype != "auto" else \
-        fastest_dtype(model.transformer.wte.weight.device, settings.n_embd)
+def contenders(settings: OptimizerStepsSettings, model: GPT) -> list[Family]:
+    """Returns what builds the optimizers and gives their steps by name; the baseline is first."""
+    device = model.transformer.wte.weight.device
+    dtype = settings.dtype if settings.dtype != "auto" else fastest_dtype(device, settings.n_embd)
 
     def named(name: str) -> torch.optim.Optimizer:
         """Returns an optimizer as train.py builds it."""
         config = with_own_defaults(replace(settings, optimizer=name, dtype=dtype), {})
         return build(config, model, num_classes=GPT2_CLASSES).optimizer
 
-    def whole(optimizer: torch.optim.Optimizer, **entries) -> Contender:
-        """Returns its step with entries of the groups that have them set."""
-        def prepare() -> None:
+    def one(label: str, make: Callable[[], torch.optim.Optimizer]) -> Family:
+        return lambda: {label: whole(make())}
+
+    def occasional(name: str, labels: dict[str, dict]) -> Family:
+        """Returns one optimizer's steps with and without what it does now and then."""
+        def family() -> dict[str, Contender]:
+            optimizer = named(name)
+            return {label: whole(optimizer, **entries) for label, entries in labels.items()}
+
+        return family
+
+    def adamw(**how) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameter_groups(model, settings), **how)
+
+    return [
+        one(BASELINE, lambda: adamw(fused=device.type in ("cpu", "cuda"))),
+        one("AdamW, torch foreach", lambda: adamw(foreach=True)),
+        one("Lion", lambda: Lion(parameter_groups(model, settings))),
+        *sophias(settings, model),
+        one("AdEMAMix", lambda: named("ademamix")), one("MARS", lambda: named("mars")),
+        one("Schedule-Free AdamW", lambda: named("schedule_free")),
+        one("Muon, torch", lambda: named("muon")),
+        one("metric Muon", lambda: named("metric_muon")),
+        occasional("soap", {"SOAP, no new basis": dict(frequency=10**9),
+                            "SOAP, new basis": dict(frequency=1)}),
+        occasional("kron", {"Kron, factors as they are": dict(probability=1e-9),
+                            "Kron, factors follow": dict(probability=1.0)})]
+
+
+def whole(optimizer: torch.optim.Optimizer, **entries) -> Contender:
+    """Returns an optimizer's step with entries of the groups that have them set."""
+    def prepare() -> None:
+        for group in optimizer.param_groups:
+            group.update({key: value for key, value in entries.items() if key in group})
+
+    return Contender(optimizer.step, prepare, optimizer)
+
+
+def sophias(settings: OptimizerStepsSettings, model: GPT) -> list[Family]:
+    """Returns Sophia's forms: eager and compiled, with one gamma and with controlled ones."""
+    groups = parameter_groups(model, settings)
+    # Positive, as Gauss-Newton-Bartlett's are; the time does not depend on more.
+    estimates = [torch.rand_like(p) for group in groups for p in group["params"]]
+
+    def sophia(rule: Callable, **extra) -> Sophia:
+        optimizer = (ControlledSophia if extra else Sophia)(
+            [group | extra for group in parameter_groups(model, settings)])
+        optimizer.rule = rule
+        optimizer.update_hessian(estimates)
+        return optimizer
+
+    def one_gamma(label: str, rule: Callable) -> Family:
+        def family() -> dict[str, Contender]:
+            optimizer = sophia(rule)
+            return {f"Sophia, {label}": whole(optimizer)} | (
+                {"Sophia, update_hessian": Contender(lambda: optimizer.update_hessian(estimates))}
+                if rule is sliced_update else {})
+
+        return family
+
+    def controlled(label: str, by_rows: bool) -> Family:
+        def family() -> dict[str, Contender]:
+            optimizer = sophia(compiled_update, gamma_target=0.9)
             for group in optimizer.param_groups:
-                group.update({key: value for key, value in entries.items() if key in group})
+                group["gamma_rows"] = by_rows and group["kind"] == "embedding"
+            # The step that follows an estimate sets the controlled gamma anew.
+            return {f"Sophia, compiled, {label}, no refresh": Contender(optimizer.step),
+                    f"Sophia, compiled, {label}, refresh": Contender(
+                        optimizer.step, lambda: optimizer.update_hessian(estimates))}
 
-        return Contender(optimizer.step, prepare, optimizer)
+        return family
 
-    soap, kron = named("soap"), named("kron")
-    device = model.transformer.wte.weight.device
-    adamw = torch.optim.AdamW(groups(), **(
-        dict(fused=True) if device.type in ("cpu", "cuda") else {}))
-    return {
-        BASELINE: whole(adamw),
-        "AdamW, torch foreach": Contender(torch.optim.AdamW(groups(), foreach=True).step),
-        "Lion": whole(Lion(groups())),
-        "Sophia, eager": whole(eager),
-        "Sophia, compiled": Contender(compiled.step),
-        "Sophia, compiled, gamma per tensor, no refresh": Contender(tensors.step),
-        "Sophia, compiled, gamma per tensor, refresh": after_estimate(tensors),
-        "Sophia, compiled, embedding by rows, no refresh": Contender(rows.step),
-        "Sophia, compiled, embedding by rows, refresh": after_estimate(rows),
-        "Sophia, update_hessian": Contender(lambda: eager.update_hessian(estimates)),
-        "AdEMAMix": whole(named("ademamix")), "MARS": whole(named("mars")),
-        "Schedule-Free AdamW": whole(named("schedule_free")),
-        "Muon, torch": whole(named("muon")), "metric Muon": whole(named("metric_muon")),
-        "SOAP, no new basis": whole(soap, frequency=10**9),
-        "SOAP, new basis": whole(soap, frequency=1),
-        "Kron, factors as they are": whole(kron, probability=1e-9),
-        "Kron, factors follow": whole(kron, probability=1.0),
-    }
+    return [one_gamma("eager", sliced_update), one_gamma("compiled", compiled_update),
+            controlled("gamma per tensor", False), controlled("embedding by rows", True)]
 
 
 def table(report: dict) -> str:

@@ -675,6 +675,10 @@ def test_each_optimizers_step_is_timed_alone(tmp_path, capsys):
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert rows.pop("AdamW, torch fused")["ratio"] == 1
     assert all(0 < row["least"] <= row["ratio"] <= row["most"] for row in rows.values())
+    assert len(rows) == 18 and "Sophia, update_hessian" in rows
+    state = {name: row["state_bytes"] for name, row in rows.items() if "state_bytes" in row}
+    assert state["metric Muon"] < state["AdamW, torch foreach"] < state["SOAP, new basis"]
+    assert state["AdamW, torch foreach"] == pytest.approx(8, rel=0.01)  # two float32 of each
 
 
 def test_whole_commands_are_timed_beside_nanogpts(data_dir, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,5 @@
 # torchrun --nproc_per_node=8 train.py config/train_gpt2_small_soap.py
 # SOAP (arXiv:2409.11321) on the hidden matrices, AdamW on the rest, at AdamW's rate in the paper.
-# Nothing was measured at this size; docs/optimizers.md says what it reached at smaller ones.
+# Nothing was measured at this size; results/study.md says what it reached at smaller ones.
 batch_size = 15
 optimizer = "soap"

@@ -41,12 +41,14 @@ from nanosophia.files import read_bytes, write_text
 CONTENDERS = {
     "AdamW": "optimizer=adamw,learning_rate=4e-3|8e-3|1.6e-2,beta1=0.9|0.8,beta2=0.99|0.95",
     "Lion": "optimizer=lion,learning_rate=5e-4|1e-3|2e-3,beta1=0.95|0.9,beta2=0.98|0.95",
-    "Sophia-G": "optimizer=sophiag,learning_rate=3e-3|6e-3|1.2e-2,gamma=2|0.5|8,beta1=0.8|0.96",
-    "Sophia-H": "optimizer=sophiah,learning_rate=3e-3|6e-3|1.2e-2,gamma=2|0.5|8,beta1=0.8|0.96,"
+    "Sophia-G": "optimizer=sophiag,learning_rate=3e-3|6e-3|1.2e-2,gamma=0.5|0.1|2,beta1=0.8|0.96",
+    "Sophia-H": "optimizer=sophiah,learning_rate=3e-3|6e-3|1.2e-2,gamma=0.5|0.1|2,beta1=0.8|0.96,"
                 "hessian_batch_size=4",
     "controlled gamma": "optimizer=sophiag,gamma_rows=embedding,learning_rate=1e-2|2e-2|4e-2,"
                         "gamma_target=0.9|0.8,beta1=0.8|0.9",
     "Muon": "optimizer=muon,learning_rate=1e-2|2e-2|4e-2,muon_momentum=0.95|0.9,beta2=0.95|0.99",
+    "Muon, q k v apart": "optimizer=metric_muon,metric_power=0,metric_qkv=apart,"
+                         "learning_rate=1e-2|2e-2|4e-2,muon_momentum=0.95|0.9,beta2=0.95|0.99",
     "metric Muon": "optimizer=metric_muon,learning_rate=1e-2|2e-2|4e-2,muon_momentum=0.95|0.9,"
                    "beta2=0.95|0.99",
     "metric Muon (GNB)": "optimizer=metric_muon_gnb,learning_rate=1e-2|2e-2|4e-2,"
@@ -58,12 +60,12 @@ CONTENDERS = {
     "MARS": "optimizer=mars,learning_rate=4e-3|8e-3|1.6e-2,mars_gamma=0.025|0.1,beta2=0.99|0.95",
     "Schedule-Free": "optimizer=schedule_free,learning_rate=4e-3|8e-3|1.6e-2,beta1=0.9|0.95,"
                      "beta2=0.95|0.99"}
-HEADLINE = ("AdamW", "Sophia-G", "controlled gamma", "Muon", "metric Muon", "metric Muon (GNB)",
-            "SOAP")
+HEADLINE = ("AdamW", "Sophia-G", "controlled gamma", "Muon", "Muon, q k v apart", "metric Muon",
+            "metric Muon (GNB)", "SOAP")
 FOUR = ("AdamW", "controlled gamma", "Muon", "metric Muon")
 FIVE = (*FOUR, "metric Muon (GNB)")
 # without those that came last of the others when each was tuned by eight runs
-ELEVEN = tuple(name for name in CONTENDERS if name not in ("MARS", "Schedule-Free"))
+TWELVE = tuple(name for name in CONTENDERS if name not in ("MARS", "Schedule-Free"))
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Setting:
     longer: str = "2,4"
     seeds: int = 3
     budget: int = 12
-    contenders: tuple[str, ...] = ELEVEN
+    contenders: tuple[str, ...] = TWELVE
 
 
 def _model(layers: int, width: int, context: int, rows: int, dataset: str) -> str:
@@ -204,8 +206,11 @@ def draw_speed_ups(axes, boards: list[tuple[LeaderboardSettings, list[Outcome]]]
             spread = [[s.value - s.low for s in speeds], [s.high - s.value for s in speeds]]
             axes.errorbar(x, [s.value for s in speeds], yerr=spread, fmt="o-", capsize=3,
                           color=COLOURS[i], label=name)
+            if ends := [(x, s.value) for x, s in zip(x, speeds, strict=True) if s.value == s.most]:
+                axes.plot(*zip(*ends, strict=True), "^", color=COLOURS[i], markersize=11)
     axes.axhline(1, color=COLOURS[-1], linewidth=1)
-    axes.set(xscale="log", ylabel="steps of AdamW per step (95 % interval)")
+    axes.set(xscale="log",
+             ylabel="steps of AdamW per step (95 %; triangle: at least)")
     clear_frame(axes)  # before the ticks, which it makes anew
     axes.set_xticks(sizes, [f"{x:,}" for x in sizes])
     axes.set_title(f"Books, bytes, {runs[0].steps:,} steps", loc="left")
@@ -232,10 +237,12 @@ def draw_sizes(stored: Path, file: Path) -> None:
         found = [(outcomes[0].runs[settings.lengths[-1]][0].config.n_embd, outcome.setting.rate)
                  for settings, outcomes in stored_widths
                  for outcome in outcomes if outcome.contender.name == name]
-        panels[-1].plot(*zip(*found, strict=True), "o-", color=COLOURS[i - 1], label=name)
+        widths, rates = zip(*found, strict=True)
+        panels[-1].plot([x * 1.01 ** (i - 1.5) for x in widths], rates, "o-", color=COLOURS[i - 1],
+                        label=name)
     panels[-1].set(xscale="log", yscale="log", xlabel="width", ylabel="best peak learning rate")
     clear_frame(panels[-1])
-    panels[-1].set_xticks([x for x, _ in found], [f"{x}" for x, _ in found])
+    panels[-1].set_xticks(widths, [f"{x}" for x in widths])
     panels[-1].set_title("The best rates (seed 0)", loc="left")
     for axes in panels:
         axes.minorticks_off()

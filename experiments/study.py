@@ -177,13 +177,14 @@ def draw(stored: Path, file: Path) -> None:
         for y, contender in enumerate(order):
             speed = rows[contender].speed_up
             axes.plot([speed.low, speed.high], [y, y], color=COLOURS[0], linewidth=2)
-            axes.plot([speed.value], [y], "o", color=COLOURS[0], markersize=6)
+            marker = ">" if speed.value == speed.most else "o"
+            axes.plot([speed.value], [y], marker, color=COLOURS[0], markersize=7)
         axes.axvline(1, color=COLOURS[1], linewidth=1)
         axes.set_yticks(range(len(order)), order)
         first = base.runs[T][0]
         axes.set_title(f"{name}: {first.plan.parameters / 1e6:.2g}M parameters,\n{T:,} steps of "
                        f"{first.config.tokens_per_step:,} tokens", loc="left", fontsize="medium")
-        axes.set_xlabel(f"steps of {base.contender.name} per step (95 % interval)")
+        axes.set_xlabel(f"steps of {base.contender.name} per step (95 %; triangle: at least)")
         clear_frame(axes)
     save_figure(picture, file, file.with_suffix(".png"))
 

@@ -179,7 +179,7 @@ def with_own_defaults(config: Config, sources: dict[str, str]) -> Config:
 
 
 UNCLIPPED = ("adahessian", "gnb_unclipped")  # divide by a curvature that must be there
-SMALL_BATCH = 1 << 14  # tokens per step, up to which 0.8 was measured: results/starting_values.md
+SMALL_BATCH = 1 << 16  # tokens per step, up to which 0.8 was measured: results/starting_values.md
 
 
 def settings_warnings(config: Config) -> list[str]:
@@ -193,8 +193,9 @@ def settings_warnings(config: Config) -> list[str]:
                 "needs at the paper's batch size"]
     if spec(config.optimizer).is_sophia and config.beta1 > 0.9 and \
             config.tokens_per_step <= SMALL_BATCH:
-        return [f"beta1 = {config.beta1} is for the paper's 491,520 tokens per step; with "
-                f"{config.tokens_per_step:,} of them 0.8 is the value to try (docs/optimizer.md)"]
+        return [f"beta1 = {config.beta1} is for the paper's 100,000 steps of 491,520 tokens; in "
+                f"hundreds of steps of {config.tokens_per_step:,} tokens 0.8 is the value to try "
+                "(docs/optimizer.md)"]
     return []
 
 

@@ -284,7 +284,7 @@ def test_valid_but_harmful_settings_are_warned_of():
     assert not settings_warnings(Config(warmup_iters=200, optimizer="adamw"))
     assert "the learning rate only rises" in settings_warnings(Config(max_iters=100))[0]
     small = dict(total_batch_size=8, block_size=256, hessian_batch_size=8)
-    assert "with 2,048 of them 0.8 is the value to try" in settings_warnings(Config(**small))[0]
+    assert "of 2,048 tokens 0.8 is the value to try" in settings_warnings(Config(**small))[0]
     assert not settings_warnings(Config(**small, beta1=0.8))
     assert not settings_warnings(Config(**small, optimizer="metric_muon_gnb", beta1=0.95))
 

@@ -128,7 +128,7 @@ def contenders(settings: OptimizerStepsSettings, model: GPT) -> list[Family]:
         return torch.optim.AdamW(parameter_groups(model, settings), **how)
 
     return [
-        one(BASELINE, lambda: adamw(fused=device.type in ("cpu", "cuda"))),
+        one(BASELINE, lambda: adamw(fused=device.type in ("cpu", "cuda") or None)),
         one("AdamW, torch foreach", lambda: adamw(foreach=True)),
         one("Lion", lambda: Lion(parameter_groups(model, settings))),
         *sophias(settings, model),
@@ -164,16 +164,13 @@ def sophias(settings: OptimizerStepsSettings, model: GPT) -> list[Family]:
         optimizer.update_hessian(estimates)
         return optimizer
 
-    def one_gamma(label: str, rule: Callable) -> Family:
-        def family() -> dict[str, Contender]:
-            optimizer = sophia(rule)
-            return {f"Sophia, {label}": whole(optimizer)} | (
-                {"Sophia, update_hessian": Contender(lambda: optimizer.update_hessian(estimates))}
-                if rule is sliced_update else {})
-
-        return family
+    def eager() -> dict[str, Contender]:
+        optimizer = sophia(sliced_update)
+        return {"Sophia, eager": whole(optimizer), "Sophia, update_hessian":
+                Contender(lambda: optimizer.update_hessian(estimates))}
 
     def controlled(label: str, by_rows: bool) -> Family:
+        """Returns the steps of a compiled Sophia with controlled gammas, and after an estimate."""
         def family() -> dict[str, Contender]:
             optimizer = sophia(compiled_update, gamma_target=0.9)
             for group in optimizer.param_groups:
@@ -185,7 +182,7 @@ def sophias(settings: OptimizerStepsSettings, model: GPT) -> list[Family]:
 
         return family
 
-    return [one_gamma("eager", sliced_update), one_gamma("compiled", compiled_update),
+    return [eager, lambda: {"Sophia, compiled": whole(sophia(compiled_update))},
             controlled("gamma per tensor", False), controlled("embedding by rows", True)]
 
 

@@ -196,6 +196,22 @@ def test_matrices_decay_and_vectors_do_not_each_once():
     assert len(chosen) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["metric_muon", "metric_muon_gnb"])
+def test_q_k_and_v_are_three_parts_where_they_shall_be_apart(name):
+    model = GPT(GPTConfig(n_layer=2, n_head=1, n_embd=8, block_size=4, vocab_size=16, bias=True))
+
+    def parts(**options):
+        config = with_own_defaults(Config(optimizer=name, **options), {})
+        groups = build(config, model, num_classes=16).optimizer.param_groups
+        assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+        return {id(p): g.get("parts") for g in groups for p in g["params"]}
+
+    together, apart = parts(), parts(metric_qkv="apart")
+    stacked = {id(block.attn.c_attn.weight) for block in model.transformer.h}
+    assert {key for key in apart if apart[key] == 3} == stacked
+    assert apart | dict.fromkeys(stacked, 1) == together
+
+
 @pytest.mark.parametrize("settings", [{}, dict(hessian_chunks=4), dict(optimizer="sophiah"),
                                       dict(optimizer="ef_clip")])
 @pytest.mark.parametrize("world", [2, 3, 10])

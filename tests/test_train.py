@@ -311,6 +311,12 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tiny, refused, tm
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_q_k_and_v_stay_as_they_were_in_a_resumed_run(tiny, refused):
+    run_train(*tiny("--optimizer=metric_muon"))
+    assert "has metric_qkv = 'together'" in refused(
+        train.main, tiny("--optimizer=metric_muon", "--init_from=resume", "--metric_qkv=apart"))
+
+
 def test_settings_left_out_come_from_the_checkpoint_and_changed_ones_are_noted(
         tiny, data_dir, tmp_path, capsys):
     run_train(*tiny("--bias=True"))
